@@ -1,0 +1,85 @@
+// The CPU kernels as one table of functions per instruction set. No torch in here: a kernel file
+// compiles alone, and can be fuzzed, sanitised and cross-compiled alone.
+#pragma once
+
+#include <cstdint>
+
+#include "../format.h"
+
+namespace onebit::cpu {
+
+enum class DType : uint8_t { kFloat, kHalf, kBFloat16, kDouble };
+
+// Matrix of 1-bit weights, contiguous. Groups run along a row.
+struct Weights {
+  const uint32_t* packed;  // [rows, columns / 32]
+  const void* scales;      // [rows, columns / group_size]
+  const void* biases;      // [rows, columns / group_size], or null: -scales / 2
+  DType dtype;             // of scales and biases
+  int64_t rows;
+  int64_t columns;
+  int group_size;
+};
+
+// y = x . dequantize(w)^T when w is [n, k] (transpose), y = x . dequantize(w) when w is [k, n].
+struct QmmArgs {
+  const void* x;  // [m, k]
+  void* y;        // [m, n]
+  DType dtype;    // of x and y; sums are float (double for kDouble)
+  int64_t m, n, k;
+  Weights w;
+};
+
+// grad_scales[r, g] += sum over the group of dW[r, j] * bit(r, j);  grad_biases: the same without bit.
+// dW = y_grad^T . x when w is [n, k] (transpose), x^T . y_grad when w is [k, n].
+struct AffineGradArgs {
+  const void* grad;    // [m, n]
+  const void* x;       // [m, k]
+  DType dtype;         // of grad and x
+  void* grad_scales;   // as scales; float (double for kDouble)
+  void* grad_biases;   // as biases; the same
+  int64_t m, n, k;
+  const uint32_t* packed;
+  int group_size;
+};
+
+// Half-open block of the output.
+struct Block {
+  int64_t m_begin, m_end;
+  int64_t n_begin, n_end;
+};
+
+// Every function works on the calling thread and computes an output element in an order of
+// operations that depends on neither the block nor the thread it came with, as long as blocks start at
+// multiples of the tile sizes below.
+struct Kernels {
+  const char* name;
+  bool (*supported)();  // by the machine this runs on
+  int64_t m_tile, n_tile;
+
+  void (*qmm_t)(const QmmArgs&, const Block&);
+  void (*qmm_n)(const QmmArgs&, const Block&);
+  // Rows [begin, end) of the packed matrix.
+  void (*affine_grad_t)(const AffineGradArgs&, int64_t begin, int64_t end);
+  void (*affine_grad_n)(const AffineGradArgs&, int64_t begin, int64_t end);
+
+  // Groups [begin, end) of a contiguous tensor: w [groups, group_size] in dtype.
+  void (*quantize)(const void* w,
+                   DType dtype,
+                   int group_size,
+                   uint32_t* packed,
+                   void* scales,
+                   void* biases,
+                   int64_t begin,
+                   int64_t end);
+  // out[(g - begin), group_size] for groups g in [begin, end) of w, rounded as w.dtype rounds.
+  void (*dequantize)(const Weights& w, void* out, int64_t begin, int64_t end);
+};
+
+// Tables this binary has and this machine can run, best first; the scalar one is always last.
+// ONEBIT_CPU_ISA=<name> forces one; `select_kernels` is for the tests.
+const Kernels* const* available_kernels(int* count);
+const Kernels& kernels();
+bool select_kernels(const char* name);
+
+}  // namespace onebit::cpu

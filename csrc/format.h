@@ -1,0 +1,22 @@
+// The 1-bit affine format: one bit per weight, a scale and a bias per group. docs/format.md is the prose.
+//
+//   w_hat[r, j] = scales[r, j / group_size] * bit(r, j) + biases[r, j / group_size]
+//   bit(r, j)   = packed[r, j / 32] >> (j % 32) & 1
+//
+// Compiled by the host compilers and included by the Metal shaders: no standard header, no std::.
+#pragma once
+
+namespace onebit {
+
+// Values in one packed word; bit 0 is the first value.
+constexpr int kWordBits = 32;
+
+// A group is 1, 2 or 4 whole words, so no word straddles two groups and no row has a tail.
+constexpr bool is_group_size(long long group_size) {
+  return group_size == 32 || group_size == 64 || group_size == 128;
+}
+
+// Smallest scale quantize writes: constant groups keep bits 0 and decode to their bias.
+constexpr float kMinScale = 1e-7f;
+
+}  // namespace onebit
