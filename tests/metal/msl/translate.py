@@ -5,7 +5,7 @@ owns, and every host_name gets an entry function. To check, address spaces stay:
 them to OpenCL's, whose rules are nearly Metal's.
 """
 
-import json
+import ast
 import re
 import subprocess
 from dataclasses import dataclass
@@ -170,7 +170,7 @@ class Translator:
         template = self.declares_template()
         self.kernels[name] = Kernel(parameters, template, tokens[name_at].place)
         if "host_name" in attributes:
-            self.instances.append((json.loads(attributes["host_name"]), name, tokens[i].place))
+            self.instances.append((ast.literal_eval(attributes["host_name"]), name, tokens[i].place))
         elif not template:
             self.instances.append((name, name, tokens[i].place))
         self.output.append(f"void {name}({', '.join(texts)})")
@@ -197,7 +197,7 @@ class Translator:
             start = closing(tokens, skip_blank(tokens, i + 1)) + 1
             expression = words_of(tokens[start:end])
             self.instances.append(
-                (json.loads(attributes["host_name"]), expression, tokens[i].place)
+                (ast.literal_eval(attributes["host_name"]), expression, tokens[i].place)
             )
         while self.output.pop() != "template":
             pass
