@@ -18,7 +18,7 @@ def info() -> None:
         "machine": f"{platform.system()} {platform.machine()}",
         "devices": ", ".join(_devices()),
         "threads": str(torch.get_num_threads()),
-        "CPU kernels": f"{ops.cpu_isa()} (of {', '.join(ops.cpu_isas())}; ONEBIT_CPU_ISA forces one)",
+        "CPU kernels": f"{ops.cpu_isa()} (available: {', '.join(ops.cpu_isas())})",
     }
     width = max(map(len, rows))
     for name, value in rows.items():

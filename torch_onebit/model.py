@@ -23,22 +23,24 @@ def quantize_(
 ) -> nn.Module:
     """Quantize a model to 1 bit in place: every nn.Linear and nn.Embedding that the filter accepts.
 
-    Weights that were tied stay tied. A layer that the format cannot hold is left as it is. What was done
-    and what was not, and why, is in ``model.quantize_report``, a ``QuantizeReport`` that prints as a
-    table. Subclasses of the two layers are left alone: their owners may look into their weights.
+    Weights that were tied stay tied. A layer that the format cannot hold is left as it is. What was
+    done and what was not, and why, is in ``model.quantize_report``, a ``QuantizeReport`` that
+    prints as a table. Subclasses of the two layers are left alone: their owners may look into their
+    weights.
 
     Args:
         model: the model; not itself one of the two layers.
         group_size: weights that share a scale: 32, 64 or 128.
         symmetric: store no biases; weights are ``±scales / 2``.
-        filter_fn: ``filter_fn(module, name)`` is false to leave the layer, true to swap it, or a dict
-            of ``group_size`` and ``symmetric`` for this layer. All layers are swapped without it.
+        filter_fn: ``filter_fn(module, name)`` is false to leave the layer, true to swap it, or a
+            dict of ``group_size`` and ``symmetric`` for this layer. All layers are swapped without
+            it.
         progress: show a progress bar when it takes more than a moment.
     Returns:
         model.
     Raises:
-        ValueError: a group size that is not 32, 64 or 128, an option that does not exist, or a model
-            that is itself a layer (use ``OneBitLinear.from_linear``).
+        ValueError: a group size that is not 32, 64 or 128, an option that does not exist, or a
+            model that is itself a layer (use ``OneBitLinear.from_linear``).
     """
     if type(model) in _CONVERTERS:
         raise ValueError(
@@ -86,7 +88,8 @@ def dequantize_(model: nn.Module) -> nn.Module:
     Returns:
         model.
     Raises:
-        ValueError: a model that is itself a 1-bit layer (use its ``to_linear`` or ``to_embedding``).
+        ValueError: a model that is itself a 1-bit layer (use its ``to_linear`` or
+            ``to_embedding``).
     """
     if isinstance(model, OneBitModule):
         raise ValueError(

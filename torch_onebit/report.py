@@ -9,7 +9,7 @@ from torch_onebit.nn import OneBitModule
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One swapped layer; bytes count its weight, scales and biases (0 for the second of a tied pair)."""
+    """One swapped layer; bytes count its weight, scales and biases (a tied one: 0)."""
 
     name: str
     kind: str

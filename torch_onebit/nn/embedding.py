@@ -70,7 +70,7 @@ class OneBitEmbedding(OneBitModule):
         return rows
 
     def as_linear(self, x: Tensor) -> Tensor:
-        """``x @ w.T``, the head of a model that ties it to its embedding: ``[..., k]`` to ``[..., rows]``."""
+        """``x @ w.T``, the head of a model that ties it to its embedding: ``[..., rows]``."""
         return ops.qmm(x, self.weight, self.scales, self.biases, self.group_size)
 
     @classmethod
@@ -80,8 +80,8 @@ class OneBitEmbedding(OneBitModule):
         """Quantize an ``nn.Embedding``.
 
         Raises:
-            ValueError: a group size or ``embedding_dim`` that the format does not allow, or an embedding
-                with ``max_norm``, which rewrites rows as they are looked up.
+            ValueError: a group size or ``embedding_dim`` that the format does not allow, or an
+                embedding with ``max_norm``, which rewrites rows as they are looked up.
         """
         if embedding.max_norm is not None:
             raise ValueError(f"embedding must have no max_norm, got {embedding.max_norm}")

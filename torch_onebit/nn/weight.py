@@ -33,12 +33,12 @@ class _Tie:
 
 
 class OneBitModule(nn.Module):
-    """A matrix ``[rows, columns]`` of one bit per weight, with a scale and a bias per group of a row.
+    """A matrix ``[rows, columns]`` of one bit per weight, with a scale and a bias per group.
 
-    Buffers and parameters have the names MLX gives them: ``weight`` ``[rows, columns // 32]`` int32 (a
-    buffer: no optimizer or dtype conversion touches it), ``scales`` and ``biases``
-    ``[rows, columns // group_size]`` (parameters, frozen until ``requires_grad_``); ``biases`` is None in
-    the symmetric form, where weights are ``±scales / 2``.
+    Buffers and parameters have the names MLX gives them: ``weight`` ``[rows, columns // 32]`` int32
+    (a buffer: no optimizer or dtype conversion touches it), ``scales`` and ``biases``
+    ``[rows, columns // group_size]`` (parameters, frozen until ``requires_grad_``); ``biases`` is
+    None in the symmetric form, where weights are ``±scales / 2``.
     """
 
     weight: Tensor
