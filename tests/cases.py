@@ -23,8 +23,8 @@ SHAPES = [
 ]
 SHAPE_IDS = [f"m{m}-n{n}-{g}groups" for m, n, g in SHAPES]
 
-# Pairs (dtype of x, dtype of scales, group size, has biases): each value of each column meets the others
-# somewhere, without the full product.
+# Pairs (dtype of x, dtype of scales, group size, has biases): each value of each column meets the
+# others somewhere, without the full product.
 MIXES = [
     (torch.float32, torch.float32, 128, True),
     (torch.float32, torch.float16, 64, False),  # a float16 checkpoint in a float32 model

@@ -1,4 +1,5 @@
-"""The format and its arithmetic in NumPy, float64, one obvious line at a time. Imports only numpy."""
+"""The format and its arithmetic in NumPy, float64, one obvious line at a time. Imports only
+numpy."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ def weights(
 ) -> Array:
     """scale * bit + bias with no rounding; without biases they are -scale / 2."""
     biases = -scales / 2 if biases is None else biases
-    spread = lambda t: np.repeat(t, group_size, axis=-1)  # noqa: E731
+    spread = lambda t: np.repeat(t, group_size, axis=-1)
     return spread(scales) * unpack(packed) + spread(biases)
 
 
@@ -44,7 +45,7 @@ def gather_qmm(
     transpose: bool = True,
 ) -> Array:
     w = weights(packed, scales, biases, group_size)
-    count = lambda t: np.arange(np.prod(t.shape[:-2], dtype=int)).reshape(t.shape[:-2])  # noqa: E731
+    count = lambda t: np.arange(np.prod(t.shape[:-2], dtype=int)).reshape(t.shape[:-2])
     lhs = count(x) if lhs is None else lhs
     rhs = count(w) if rhs is None else rhs
     lhs, rhs = np.broadcast_arrays(lhs, rhs)
