@@ -72,7 +72,8 @@ Tensor on_cpu(const Tensor& t) {
   return at::from_blob(data, t.sizes(), t.strides(), options);
 }
 
-Tensor to_fake(const Tensor& cpu) {
+Tensor to_fake(const Tensor& result) {
+  const auto cpu = result.is_non_overlapping_and_dense() ? result : result.contiguous();
   const auto copy = empty_strided(cpu.sizes(), cpu.strides(), cpu.scalar_type(), {}, {}, {});
   if (cpu.numel() > 0) on_cpu(copy).copy_(cpu);
   return copy;
@@ -158,6 +159,10 @@ Tensor as_strided(const Tensor& self,
   return at::native::as_strided_tensorimpl(self, size, stride, offset);
 }
 
+Tensor reshape_alias(const Tensor& self, at::IntArrayRef size, at::IntArrayRef stride) {
+  return at::native::as_strided_tensorimpl(self, size, stride, self.storage_offset());
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(_, MPS, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>()); }
@@ -166,6 +171,7 @@ TORCH_LIBRARY_IMPL(aten, MPS, m) {
   m.impl("empty.memory_format", &empty);
   m.impl("empty_strided", &empty_strided);
   m.impl("as_strided", &as_strided);
+  m.impl("_reshape_alias", &reshape_alias);
   m.impl("view", &at::native::view);
   m.impl("copy_", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
 }
