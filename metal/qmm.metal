@@ -1,7 +1,7 @@
 // y[m, n] = x[m, :] . dequantize(w)[n, :] for many rows of x; w stays packed in device memory and is
 // decoded tile by tile in threadgroup memory (9 KB of it).
 // Threadgroup: 4 simdgroups, one tile of kTileM x kTileN outputs; each simdgroup 16 x 16 of it.
-// Held per lane: 8 sums, 8 matrix elements and 10 of the next tile's; registers do not limit.
+// Held per lane: 16 sums in two stages, 8 matrix elements; registers do not limit.
 // Grid: x over n, y over m, z over batches times splits of k. A split writes float partial sums.
 #include "tile.h"
 

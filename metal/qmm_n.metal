@@ -1,7 +1,7 @@
 // y[m, n] = sum over k of x[m, k] * dequantize(w)[k, n], with w [k, n] and groups along n: the
 // backward pass of a layer.
 // Threadgroup: 4 simdgroups, a tile of kTileM x kTileWideN outputs, 32 x 32 each; k in steps of
-// kTileK rows of w. Held per lane: 32 sums, 16 matrix elements and 16 decoded weights.
+// kTileK rows of w. Held per lane: 64 sums in two stages and 16 matrix elements.
 // Grid: x over n, y over m, z over batches times splits of k. A split writes float partial sums.
 #include "tile.h"
 
@@ -37,9 +37,12 @@ template <typename T, typename O>
   packed += matrices.w * p.k * words;
   const uint first_level = matrices.w * p.k * groups;
 
-  simdgroup_float8x8 acc[4][4];
+  simdgroup_float8x8 acc[4][4], total[4][4];
   for (uint i = 0; i < 4; i++) {
-    for (uint j = 0; j < 4; j++) acc[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    for (uint j = 0; j < 4; j++) {
+      acc[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+      total[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    }
   }
   for (uint k0 = k_begin; k0 < k_end; k0 += kTileK) {
     for (uint i = 0; i < 4; i++) {
@@ -70,12 +73,16 @@ template <typename T, typename O>
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
+    if ((k0 + kTileK) % kBlockK != 0 && k0 + kTileK < k_end) continue;
+    for (uint i = 0; i < 4; i++) {
+      for (uint j = 0; j < 4; j++) flush(total[i][j], acc[i][j]);
+    }
   }
 
   // Out through threadgroup memory, 8 rows at a time, for the edges and for whole-line writes.
   for (uint i = 0; i < 4; i++) {
     for (uint j = 0; j < 4; j++) {
-      simdgroup_store(acc[i][j], w_tile + simdgroup * 32 + j * 8, kWStride);
+      simdgroup_store(total[i][j], w_tile + simdgroup * 32 + j * 8, kWStride);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const uint column = n0 + thread_index;

@@ -13,7 +13,7 @@ _PATTERN = re.compile(
     |(?P<mark>::|->|<<=|>>=|<<|>>|<=|>=|==|!=|&&|\|\||\+\+|--|[-+*/%&|^]=|\.\.\.|.)""",
     re.VERBOSE | re.MULTILINE | re.DOTALL,
 )
-_LINEMARK = re.compile(r'\s*#\s*(?:line\s+)?(\d+)\s+"([^"]*)"')
+LINEMARK = re.compile(r'\s*#\s*(?:line\s+)?(\d+)\s+"([^"]*)"')
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -42,7 +42,7 @@ def tokenize(source: str) -> list[Token]:
     for match in _PATTERN.finditer(source):
         kind, text = match.lastgroup, match.group()
         tokens.append(Token(kind, text, file, line))
-        if kind == "linemark" and (mark := _LINEMARK.match(text)):
+        if kind == "linemark" and (mark := LINEMARK.match(text)):
             line, file = int(mark.group(1)) - 1, mark.group(2)
         line += text.count("\n")
     return tokens

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .tokens import (
+    LINEMARK,
     MslError,
     Token,
     closing,
+    closing_angle,
     is_attribute,
     previous,
     skip_blank,
@@ -105,11 +107,17 @@ class Translator:
                 kernel_follows = False
             elif token.text == "}" and scopes:
                 scopes.pop()
+            if self.check and (end := self.construction(i)):
+                i = end
+                continue
             self.output.append(self.rewrite(token))
             i += 1
         return "".join(self.output)
 
     def rewrite(self, token: Token) -> str:
+        if token.kind == "linemark":  # without the nesting flags, which are wrong in a second pass
+            mark = LINEMARK.match(token.text)
+            return f'#line {mark.group(1)} "{mark.group(2)}"' if mark and mark.group(1) != "0" else ""
         if token.kind == "word" and token.text in ADDRESS_SPACES and not self.check:
             return ""
         # An unsuffixed literal is a float in MSL.
@@ -119,6 +127,20 @@ class Translator:
             if token.text.endswith("h") and not self.check:
                 return f"half({token.text[:-1]}f)"
         return token.text
+
+    def construction(self, i: int) -> int | None:
+        """`vec<T, 4>(` or `float4(` at i: writes construct<...> and returns the index of `(`."""
+        tokens = self.tokens
+        end = i
+        if tokens[i].text == "vec" and tokens[skip_blank(tokens, i + 1)].text == "<":
+            end = closing_angle(tokens, skip_blank(tokens, i + 1)) or i
+        elif not re.fullmatch(r"(half|float|int|uint|ushort|ulong)[234]", tokens[i].text):
+            return None
+        after = skip_blank(tokens, end + 1)
+        if tokens[after].text != "(":
+            return None
+        self.output.append(f"construct<{text_of(tokens[i : end + 1])}>")
+        return after
 
     def scope_kind(self) -> str:
         """What the brace about to open begins, from the statement head before it."""

@@ -1,5 +1,5 @@
-// simdgroup_matrix: 8 x 8 elements, two per lane. Which two is not specified by MSL, so the shaders
-// may only use load, store, fill and multiply-accumulate; thread_elements is left out on purpose.
+// simdgroup_matrix: 8 x 8 elements, two per lane. Which two, MSL does not say, and this is another
+// choice than Apple's: a shader that depends on it fails here or there.
 #pragma once
 #include "simdgroup.h"
 
@@ -10,9 +10,10 @@ class simdgroup_matrix {
   static_assert(C == 8 && R == 8 && emu::is_float_v<T>, "8 x 8 of half, bfloat or float");
 
  public:
-  simdgroup_matrix() { std::memset(static_cast<void*>(element_), 0xFF, sizeof element_); }
+  simdgroup_matrix() { std::memset(static_cast<void*>(&element_), 0xFF, sizeof element_); }
+  vec<T, 2>& thread_elements() { return element_; }
 
-  T element_[2];  // row lane / 4, columns 2 * (lane % 4) and the next
+  vec<T, 2> element_;  // row lane / 4, columns 2 * (lane % 4) and the next
 };
 using simdgroup_float8x8 = simdgroup_matrix<float, 8, 8>;
 using simdgroup_half8x8 = simdgroup_matrix<half, 8, 8>;

@@ -16,18 +16,19 @@ struct alignas((N == 3 ? 4 : N) * sizeof(T)) vec_storage {
     return *this;
   }
 
- private:
-  void copy(const vec_storage& other) {
-    check(this);
-    check(&other);
-    for (int i = 0; i < N; i++) e[i] = other.e[i];
-  }
   static void check(const void* p) {
     const size_t excess = reinterpret_cast<uintptr_t>(p) % alignof(vec_storage);
     if (excess) {
       emu::fail("misaligned vector of %zu bytes: address is %zu past a multiple pc=%p",
                 sizeof(vec_storage), excess, __builtin_return_address(0));
     }
+  }
+
+ private:
+  void copy(const vec_storage& other) {
+    check(this);
+    check(&other);
+    for (int i = 0; i < N; i++) e[i] = other.e[i];
   }
 };
 
@@ -43,6 +44,7 @@ struct vec : vec_storage<T, N> {
   }
   template <class U>
   explicit vec(const vec<U, N>& other) {
+    vec<U, N>::check(&other);
     for (int i = 0; i < N; i++) e[i] = T(other.e[i]);
   }
   template <class A, class B, class... C,
@@ -51,8 +53,14 @@ struct vec : vec_storage<T, N> {
     const T all[] = {T(a), T(b), T(c)...};
     for (int i = 0; i < N; i++) e[i] = all[i];
   }
-  T& operator[](int i) { return e[i]; }
-  const T& operator[](int i) const { return e[i]; }
+  T& operator[](int i) {
+    vec::check(this);
+    return e[i];
+  }
+  const T& operator[](int i) const {
+    vec::check(this);
+    return e[i];
+  }
 };
 
 // Named components for the built-in variables and the float vectors the shaders read.
@@ -65,6 +73,7 @@ struct vec : vec_storage<T, N> {
         T x, y;                                                                 \
       };                                                                        \
     };                                                                          \
+    static void check(const void*) {}                                           \
   };                                                                            \
   template <>                                                                   \
   struct alignas(4 * sizeof(T)) vec_storage<T, 3> {                             \
@@ -74,6 +83,7 @@ struct vec : vec_storage<T, N> {
         T x, y, z;                                                              \
       };                                                                        \
     };                                                                          \
+    static void check(const void*) {}                                           \
   };
 EMU_COMPONENTS(uint)
 EMU_COMPONENTS(ushort)
