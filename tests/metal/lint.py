@@ -43,7 +43,7 @@ def lint(source: Path, include: list[Path] = ()) -> list[str]:
     except MslError as error:
         return [str(error)]
     errors = unit.errors + forbidden_words(unit.tokens) + recursion(unit.tokens)
-    errors += program_scope(unit.tokens)
+    errors += program_scope(unit.tokens) + unqualified_pointers(unit.tokens)
     # Instances make clang look into the bodies of templates.
     templates = [e for _, e, _ in unit.instances if "<" in e]
     body += "\n" + "".join(f"template decltype({e}) {e};\n" for e in templates)
@@ -90,6 +90,37 @@ def program_scope(tokens: list[Token]) -> list[str]:
         elif depth == 0:
             statement.append(token)
     return errors
+
+
+_TYPE = r"(?:const )?(?:\w+|vec < \w+ , \d >|\w+ < \w+ >)"
+_POINTER = re.compile(rf"^{_TYPE} [*&] (?:const )?\w+( \[.*)?( =.*)?$")
+
+
+def unqualified_pointers(tokens: list[Token]) -> list[str]:
+    """Pointers and references must name an address space, where clang would take the generic one."""
+    errors, statement = [], []
+    for token in tokens:
+        if token.blank:
+            continue
+        if token.text in (";", "{", "}", "(", ",", ")"):
+            words = " ".join(t.text for t in statement)
+            space = {"device", "constant", "thread", "threadgroup"} & {t.text for t in statement}
+            is_expression = words.startswith("return ") or "<=" in words
+            if _POINTER.match(words) and not space and not is_expression:
+                # `a * b` as an argument reads like a declaration: types start a statement here
+                if token.text == ";" or _names_type(statement):
+                    place = statement[0].place
+                    errors.append(f"{place}: error: `{words}` must name an address space")
+            statement = []
+        else:
+            statement.append(token)
+    return errors
+
+
+def _names_type(statement: list[Token]) -> bool:
+    first = next(t.text for t in statement if t.text != "const")
+    scalars = {"T", "bool", "float", "half", "bfloat", "int", "uint", "long", "ulong", "ushort"}
+    return first in scalars or first[0].isupper() and len(first) > 1
 
 
 def recursion(tokens: list[Token]) -> list[str]:
