@@ -6,6 +6,7 @@ from torch_onebit._load import load
 
 load()
 
+from torch_onebit import vmap  # noqa: E402
 from torch_onebit.model import QuantizeReport, dequantize_, quantize_  # noqa: E402
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear  # noqa: E402
 from torch_onebit.ops import (  # noqa: E402
@@ -16,6 +17,8 @@ from torch_onebit.ops import (  # noqa: E402
     qmm,
     quantize,
 )
+
+vmap.register()
 
 try:
     __version__ = version("torch_onebit")
