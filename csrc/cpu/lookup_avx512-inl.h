@@ -64,6 +64,39 @@ struct LookupAvx512 : Avx512 {
     }
   }
 
+  // The transpose of qmm_n: columns [32 * word, 32 * word + kRows) of up to 128 rows as one group of 4
+  // words, bit = row. Rows past the end are 0.
+  static void pack_columns(
+      const uint32_t* w, int64_t stride, int64_t word, int rows, uint32_t* index) {
+    __m512i v[4][kVectors];
+    ONEBIT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      ONEBIT_UNROLL
+      for (int r = 0; r < kVectors; ++r) v[i][r] = _mm512_setzero_si512();
+      const int count = rows - 32 * i < 32 ? rows - 32 * i : 32;
+      const auto* p = reinterpret_cast<const uint16_t*>(w + 32 * i * stride + word);
+      __m512i bit = _mm512_set1_epi32(1);
+      ONEBIT_NO_UNROLL
+      for (int j = 0; j < count; ++j, p += 2 * stride) {
+        ONEBIT_UNROLL
+        for (int r = 0; r < kVectors; ++r) {
+          v[i][r] = _mm512_mask_or_epi32(v[i][r], p[r], v[i][r], bit);
+        }
+        bit = _mm512_add_epi32(bit, bit);
+      }
+    }
+    ONEBIT_UNROLL
+    for (int r = 0; r < kVectors; ++r) {
+      __m512i words[4];
+      ONEBIT_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        words[i] = v[i][r];
+        _mm512_store_si512(index + i * kRows + r * kLanes, words[i]);
+      }
+      _mm512_store_si512(index + 4 * kRows + r * kLanes, spare_bits<4>(words));
+    }
+  }
+
   static ONEBIT_INLINE Vec sums_of_4(float a, float b, float c, float d) {
     Vec t = _mm512_maskz_mov_ps(0xaaaa, set(a));
     t = _mm512_mask_add_ps(t, 0xcccc, t, set(b));

@@ -24,6 +24,16 @@ struct Int {
   static constexpr int value = kValue;
 };
 
+// f(Int<rows>, first row) over tiles of L::kMaxM rows and the smaller one that is left.
+template <class L, class F>
+ONEBIT_INLINE void for_row_tiles(int64_t count, const F& f) {
+  int64_t m = 0;
+  for (; m + L::kMaxM <= count; m += L::kMaxM) f(Int<L::kMaxM>{}, m);
+  if (count - m == 3) f(Int<3>{}, m);
+  if (count - m == 2) f(Int<2>{}, m);
+  if (count - m == 1) f(Int<1>{}, m);
+}
+
 // Consecutive 64-byte aligned arrays in one buffer.
 class Arena {
  public:
@@ -68,26 +78,26 @@ ONEBIT_INLINE float sum_of(const float* x) {
 
 // Scales and biases of rows [row, row + rows), groups [group, group + groups), as floats [group][row]
 // with `ld` rows between groups; rows up to the next multiple of the lanes are filled with copies.
-template <class L>
-void pack_levels(const Weights& w,
-                 int64_t row,
-                 int64_t rows,
-                 int64_t group,
-                 int groups,
-                 float* scales,
-                 float* biases,
-                 int64_t ld) {
-  const int64_t size = element_size(w.dtype);
+template <class L, DType kType>
+void pack_levels_as(const Weights& w,
+                    int64_t row,
+                    int64_t rows,
+                    int64_t group,
+                    int groups,
+                    float* scales,
+                    float* biases,
+                    int64_t ld) {
+  const int64_t size = element_size(kType);
   const int64_t stride = w.columns / w.group_size * size;
   const int64_t offset = row * stride + group * size;
   for (int64_t r = 0; r < rows; r += L::kLanes) {
     const int64_t at = offset + r * stride;
     const int last = int(at_most(rows - r, L::kLanes)) - 1;
-    L::transpose_levels(static_cast<const char*>(w.scales) + at, w.dtype, stride, last, groups,
-                        scales + r, ld);
+    L::template transpose_levels<kType>(static_cast<const char*>(w.scales) + at, stride, last,
+                                        groups, scales + r, ld);
     if (w.biases) {
-      L::transpose_levels(static_cast<const char*>(w.biases) + at, w.dtype, stride, last, groups,
-                          biases + r, ld);
+      L::template transpose_levels<kType>(static_cast<const char*>(w.biases) + at, stride, last,
+                                          groups, biases + r, ld);
     } else {
       for (int g = 0; g < groups; ++g) {
         L::store(biases + g * ld + r, L::mul(L::set(-0.5f), L::load(scales + g * ld + r)));
@@ -96,17 +106,45 @@ void pack_levels(const Weights& w,
   }
 }
 
+template <class L>
+ONEBIT_INLINE void pack_levels(const Weights& w,
+                               int64_t row,
+                               int64_t rows,
+                               int64_t group,
+                               int groups,
+                               float* scales,
+                               float* biases,
+                               int64_t ld) {
+  const auto pack = w.dtype == DType::kHalf       ? pack_levels_as<L, DType::kHalf>
+                    : w.dtype == DType::kBFloat16 ? pack_levels_as<L, DType::kBFloat16>
+                                                  : pack_levels_as<L, DType::kFloat>;
+  pack(w, row, rows, group, groups, scales, biases, ld);
+}
+
+// A row-major matrix of activations; row i of the product is its row rows[i], or row i.
+struct Activations {
+  const void* data;
+  DType dtype;
+  int64_t columns;
+  const int64_t* rows;
+
+  ONEBIT_INLINE int64_t offset(int64_t m, int64_t column) const {
+    return row_of(rows, m) * columns + column;
+  }
+};
+
+ONEBIT_INLINE Activations activations(const QmmArgs& a) { return {a.x, a.dtype, a.k, a.x_rows}; }
+
 // Tables and sums of one group for kM rows of x from row m on.
 template <class L, int kM, int kWords>
 ONEBIT_INLINE void build_tables(
-    const QmmArgs& a, int64_t m, int64_t column, float* table, float (&sums)[kM]) {
+    const Activations& x, int64_t m, int64_t column, float* table, float (&sums)[kM]) {
   alignas(64) float buffer[32 * kWords];
-  ONEBIT_UNROLL
   for (int i = 0; i < kM; ++i) {
-    const float* x = as_floats<L>(a.x, a.dtype, row_of(a.x_rows, m + i) * a.k + column,
-                                  32 * kWords, buffer);
-    L::template build<kM, kWords>(x, i, table);
-    sums[i] = sum_of<L, 32 * kWords>(x);
+    const float* v =
+        as_floats<L>(x.data, x.dtype, x.offset(m + i, column), 32 * kWords, buffer);
+    L::template build<kM, kWords>(v, i, table);
+    sums[i] = sum_of<L, 32 * kWords>(v);
   }
 }
 
@@ -155,57 +193,70 @@ void store_rows(const QmmArgs& a,
   }
 }
 
-// Few rows of x: the tables of all of k are built first (26 bytes per value), then the weights
-// stream by once, a tile of rows at a time, while the next tile's memory is prefetched in order.
-// Without the prefetch, weights from memory arrive at 35 instead of 62 GMAC/s per thread.
-template <class L, int kM, int kWords>
+// Memory of the next tile, fetched in address order a little at a time. Without it, weights that
+// come from memory arrive at 35 instead of 62 GMAC/s per thread.
+class Prefetch {
+ public:
+  Prefetch(const void* begin, int64_t bytes)
+      : next_(static_cast<const char*>(begin)), end_(next_ + (begin ? bytes : 0)) {}
+
+  template <class L>
+  ONEBIT_INLINE void advance(int64_t bytes) {
+    const char* stop = end_ - next_ < bytes ? end_ : next_ + bytes;
+    for (; next_ < stop; next_ += 64) L::prefetch(next_);
+  }
+
+ private:
+  const char *next_, *end_;
+};
+
+// One row of x: the tables of all of k are built first (26 bytes per value), then the weights stream
+// by once, a tile of rows at a time, while the next tile's memory is prefetched.
+template <class L, int kWords>
 void qmm_t_stream(const QmmArgs& a, const Block& block) {
-  constexpr int kGroup = kWords * kWordBits, kChunk = 512, kGroups = kChunk / kGroup;
-  constexpr int kIndex = L::index_size(kWords), kTable = kM * L::table_size(kWords);
+  constexpr int kGroup = kWords * kWordBits, kChunk = 1024, kGroups = kChunk / kGroup;
+  constexpr int kStep = 512 / kGroup;  // groups whose words are packed at a time: a line of each row
+  constexpr int kIndex = L::index_size(kWords), kTable = L::table_size(kWords);
   const int64_t groups = a.k / kGroup, words = a.k / kWordBits;
-  Arena arena(groups * (kTable + kM) * 4 + kGroups * (kIndex + 2 * L::kRows) * 4 +
-              kM * L::kRows * 4);
+  Arena arena(groups * (kTable + 1) * 4 + kStep * kIndex * 4 + kGroups * 2 * L::kRows * 4 +
+              L::kRows * 4);
   auto* tables = arena.take<float>(groups * kTable);
-  auto* sums = arena.take<float>(groups * kM);
-  auto* index = arena.take<uint32_t>(kGroups * kIndex);
+  auto* sums = arena.take<float[1]>(groups);
+  auto* index = arena.take<uint32_t>(kStep * kIndex);
   auto* scales = arena.take<float>(kGroups * L::kRows);
   auto* biases = arena.take<float>(kGroups * L::kRows);
-  auto* acc = arena.take<float>(kM * L::kRows);
+  auto* acc = arena.take<float>(L::kRows);
   for (int64_t g = 0; g < groups; ++g) {
-    build_tables<L, kM, kWords>(a, block.m_begin, g * kGroup, tables + g * kTable,
-                                *reinterpret_cast<float(*)[kM]>(sums + g * kM));
+    build_tables<L, 1, kWords>(activations(a), block.m_begin, g * kGroup, tables + g * kTable, sums[g]);
   }
-  const int64_t level_bytes = groups * element_size(a.w.dtype);
+  const int64_t row_bytes = words * 4, level_bytes = groups * element_size(a.w.dtype);
+  const auto row = [](const void* p, int64_t offset) -> const void* {
+    return p ? static_cast<const char*>(p) + offset : nullptr;
+  };
   for (int64_t n = block.n_begin; n < block.n_end; n += L::kRows) {
     const int64_t rows = at_most(L::kRows, block.n_end - n);
-    const auto* w = a.w.packed + n * words;
-    // One line is a chunk of a row; as many per chunk as the tile has rows, in address order.
-    const int64_t next_rows = at_most(L::kRows, a.n - n - rows);
-    const char* next = reinterpret_cast<const char*>(w + rows * words);
-    const char* next_end = next + next_rows * words * 4;
-    const int64_t next_level = (n + rows) * level_bytes, level_lines = next_rows * level_bytes;
-    for (int i = 0; i < kM * L::kRows; i += L::kLanes) L::store(acc + i, L::zero());
-    for (int64_t k = 0; k < a.k; k += kChunk) {
-      const int64_t columns = at_most(kChunk, a.k - k), g0 = k / kGroup;
-      const int count = int(columns / kGroup);
-      L::template pack_rows<kWords>(w + k / kWordBits, words, int(rows), int(columns / kWordBits),
-                                    index, kIndex);
-      pack_levels<L>(a.w, n, rows, g0, count, scales, biases, L::kRows);
-      const int64_t level_begin = level_lines * k / a.k, level_end = level_lines * (k + columns) / a.k;
-      for (int64_t i = level_begin / 64; i < level_end / 64; ++i) {
-        L::prefetch(static_cast<const char*>(a.w.scales) + next_level + i * 64);
-        if (a.w.biases) L::prefetch(static_cast<const char*>(a.w.biases) + next_level + i * 64);
+    const int64_t after = n + rows, next_rows = at_most(L::kRows, block.n_end - after);
+    Prefetch next_words(row(a.w.packed, after * row_bytes), next_rows * row_bytes);
+    Prefetch next_scales(row(a.w.scales, after * level_bytes), next_rows * level_bytes);
+    Prefetch next_biases(row(a.w.biases, after * level_bytes), next_rows * level_bytes);
+    for (int i = 0; i < L::kRows; i += L::kLanes) L::store(acc + i, L::zero());
+    for (int64_t g = 0; g < groups; ++g) {
+      if (g % kGroups == 0) {
+        pack_levels<L>(a.w, n, rows, g, int(at_most(kGroups, groups - g)), scales, biases,
+                       L::kRows);
       }
-      for (int g = 0; g < count; ++g) {
-        const char* stop = next + L::kRows * kGroup / 8;
-        for (; next < stop && next < next_end; next += 64) L::prefetch(next);
-        add_group<L, kM, kWords>(index + g * kIndex, tables + (g0 + g) * kTable,
-                                 scales + g * L::kRows, biases + g * L::kRows,
-                                 *reinterpret_cast<const float(*)[kM]>(sums + (g0 + g) * kM), acc,
-                                 1, L::kRows);
+      if (g % kStep == 0) {
+        L::template pack_rows<kWords>(a.w.packed + n * words + g * kWords, words, int(rows),
+                                      int(at_most(kStep, groups - g)) * kWords, index, kIndex);
       }
+      next_words.advance<L>(kWords * 4 * L::kRows);
+      next_scales.advance<L>(element_size(a.w.dtype) * L::kRows);
+      next_biases.advance<L>(element_size(a.w.dtype) * L::kRows);
+      const int64_t level = g % kGroups * L::kRows;
+      add_group<L, 1, kWords>(index + g % kStep * kIndex, tables + g * kTable, scales + level,
+                              biases + level, sums[g], acc, 1, L::kRows);
     }
-    store_rows<L>(a, block.m_begin, kM, n, rows, acc, L::kRows);
+    store_rows<L>(a, block.m_begin, 1, n, rows, acc, L::kRows);
   }
 }
 
@@ -224,7 +275,7 @@ void add_chunk(const QmmArgs& a,
   const int64_t ld = tiles * L::kRows;
   for (int g = 0; g < groups; ++g) {
     float sums[kM];
-    build_tables<L, kM, kWords>(a, m, k + g * kWords * kWordBits, table, sums);
+    build_tables<L, kM, kWords>(activations(a), m, k + g * kWords * kWordBits, table, sums);
     add_group<L, kM, kWords>(index + g * tiles * L::index_size(kWords), table, scales + g * ld,
                              biases + g * ld, sums, acc, tiles, ld);
   }
@@ -272,11 +323,7 @@ void qmm_t_panels(const QmmArgs& a, const Block& block) {
           add_chunk<L, decltype(rows)::value, kWords>(a, m + i, k, groups, index, scales, biases,
                                                       table, acc + i * ld, tiles);
         };
-        int64_t i = 0;
-        for (; i + L::kMaxM <= m_count; i += L::kMaxM) add(Int<L::kMaxM>{}, i);
-        if (m_count - i == 3) add(Int<3>{}, i);
-        if (m_count - i == 2) add(Int<2>{}, i);
-        if (m_count - i == 1) add(Int<1>{}, i);
+        for_row_tiles<L>(m_count, add);
       }
       store_rows<L>(a, m, m_count, n, n_count, acc, ld);
     }
