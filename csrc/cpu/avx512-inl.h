@@ -39,6 +39,7 @@ struct Avx512 {
   }
 
   static ONEBIT_INLINE __mmask16 first(int64_t count) {
+    if (count <= 0) return 0;
     return count >= kLanes ? __mmask16(0xffff) : __mmask16((1u << count) - 1);
   }
 

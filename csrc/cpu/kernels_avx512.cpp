@@ -1,4 +1,6 @@
 // The AVX-512 table: Skylake-X, Ice Lake, Zen 4 and later.
+#if defined(__x86_64__)
+
 #include <immintrin.h>
 
 #include "float_types.h"
@@ -43,3 +45,5 @@ const Kernels kAvx512Kernels = Table<Shapes>::make("avx512", supported);
 }  // namespace onebit::cpu
 
 ONEBIT_TARGET_END
+
+#endif
