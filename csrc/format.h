@@ -1,4 +1,5 @@
-// The 1-bit affine format: one bit per weight, a scale and a bias per group. docs/format.md is the prose.
+// The 1-bit affine format: one bit per weight, a scale and a bias per group. docs/format.md is the
+// prose.
 //
 //   w_hat[r, j] = scales[r, j / group_size] * bit(r, j) + biases[r, j / group_size]
 //   bit(r, j)   = packed[r, j / 32] >> (j % 32) & 1

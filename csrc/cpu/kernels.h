@@ -30,14 +30,14 @@ struct QmmArgs {
   Weights w;
 };
 
-// grad_scales[r, g] += sum over the group of dW[r, j] * bit(r, j);  grad_biases: the same without bit.
-// dW = y_grad^T . x when w is [n, k] (transpose), x^T . y_grad when w is [k, n].
+// grad_scales[r, g] += sum over the group of dW[r, j] * bit(r, j);  grad_biases: the same without
+// bit. dW = y_grad^T . x when w is [n, k] (transpose), x^T . y_grad when w is [k, n].
 struct AffineGradArgs {
-  const void* grad;    // [m, n]
-  const void* x;       // [m, k]
-  DType dtype;         // of grad and x
-  void* grad_scales;   // as scales; float (double for kDouble)
-  void* grad_biases;   // as biases; the same
+  const void* grad;   // [m, n]
+  const void* x;      // [m, k]
+  DType dtype;        // of grad and x
+  void* grad_scales;  // as scales; float (double for kDouble)
+  void* grad_biases;  // as biases; the same
   int64_t m, n, k;
   const uint32_t* packed;
   int group_size;
@@ -50,8 +50,8 @@ struct Block {
 };
 
 // Every function works on the calling thread and computes an output element in an order of
-// operations that depends on neither the block nor the thread it came with, as long as blocks start at
-// multiples of the tile sizes below.
+// operations that depends on neither the block nor the thread it came with, as long as blocks start
+// at multiples of the tile sizes below.
 struct Kernels {
   const char* name;
   bool (*supported)();  // by the machine this runs on

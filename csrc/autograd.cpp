@@ -1,0 +1,392 @@
+// Gradients of the operators, formulae in docs/format.md. Written as the nodes PyTorch generates
+// for its own operators, not with torch::autograd::Function: half the call overhead when nothing
+// requires grad, and torch.func can go through them. Every backward is made of differentiable
+// operators of this library, so gradients of gradients are exact too.
+#include <ATen/ExpandUtils.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/index_add.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/ones.h>
+
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "ops.h"
+
+namespace onebit {
+namespace {
+
+namespace autograd = torch::autograd;
+using autograd::SavedVariable;
+using autograd::variable_list;
+
+// torch 2.13 counts references to a node in the node itself, older versions beside it.
+#if __has_include(<torch/csrc/autograd/node.h>)
+template <class N>
+c10::intrusive_ptr<N> make_node() {
+  return c10::make_intrusive<N>();
+}
+#else
+template <class N>
+std::shared_ptr<N> make_node() {
+  return std::shared_ptr<N>(new N(), autograd::deleteNode);
+}
+#endif
+
+Tensor or_undefined(const OptionalTensor& t) { return t.value_or(Tensor()); }
+OptionalTensor or_none(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
+void refuse_forward_mode(const char* op, const Tensor& t) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !t.defined() || !t._fw_grad(/*level=*/0).defined(), "onebit::", op,
+      " must be differentiated in reverse mode, got a forward-mode tangent");
+}
+void refuse_forward_mode(const char* op, const OptionalTensor& t) {
+  if (t) refuse_forward_mode(op, *t);
+}
+template <class... Inputs>
+void refuse_forward_modes(const char* op, const Inputs&... inputs) {
+  (refuse_forward_mode(op, inputs), ...);
+}
+
+// A product, qmm or gather_qmm, as its backward needs it: which weights, which indices.
+struct Product {
+  Tensor packed;
+  OptionalTensor lhs_indices, rhs_indices;
+  int64_t group_size;
+  bool transpose;
+
+  bool gathers() const { return lhs_indices || rhs_indices; }
+
+  Tensor forward(const Tensor& x, const Tensor& scales, const OptionalTensor& biases) const {
+    if (!gathers()) return ops::qmm().call(x, packed, scales, biases, group_size, transpose);
+    return ops::gather_qmm().call(x, packed, scales, biases, lhs_indices, rhs_indices, group_size,
+                                  transpose, false);
+  }
+
+  // The gradient of x [sizes] is the product with the other transpose, summed where x was broadcast
+  // or gathered more than once.
+  Tensor grad_x(const Tensor& grad,
+                c10::SymIntArrayRef sizes,
+                const Tensor& scales,
+                const OptionalTensor& biases) const {
+    if (!gathers()) {
+      const bool vector = sizes.size() == 1 && packed.dim() > 2;
+      auto result = ops::qmm().call(vector ? grad.unsqueeze(-2) : grad, packed, scales, biases,
+                                    group_size, !transpose);
+      if (vector) result = result.squeeze(-2);
+      return result.sym_sizes() == sizes ? result : at::sum_to(result, sizes);
+    }
+    const auto each = ops::gather_qmm().call(grad, packed, scales, biases, std::nullopt,
+                                             rhs_indices, group_size, !transpose, false);
+    if (!lhs_indices) return at::sum_to(each, sizes);
+    const auto batch = grad.sym_sizes().slice(0, grad.dim() - 2);
+    const auto matrix = sizes.slice(sizes.size() - 2);
+    c10::SymInt matrices(1);
+    for (const auto& size : sizes.slice(0, sizes.size() - 2)) matrices = matrices * size;
+    const std::vector<c10::SymInt> flat{matrices, matrix[0], matrix[1]};
+    return at::zeros_symint(flat, each.options())
+        .index_add(0, lhs_indices->expand_symint(batch).reshape(-1),
+                   each.reshape_symint({c10::SymInt(-1), matrix[0], matrix[1]}))
+        .reshape_symint(sizes);
+  }
+
+  std::tuple<Tensor, Tensor> grad_levels(const Tensor& grad, const Tensor& x) const {
+    return ops::affine_grad().call(grad, x, packed, lhs_indices, rhs_indices, group_size,
+                                   transpose);
+  }
+};
+
+struct SavedProduct {
+  SavedVariable packed, lhs_indices, rhs_indices;
+  int64_t group_size = 0;
+  bool transpose = true;
+
+  void save(const Product& p) {
+    packed = SavedVariable(p.packed, false);
+    lhs_indices = SavedVariable(or_undefined(p.lhs_indices), false);
+    rhs_indices = SavedVariable(or_undefined(p.rhs_indices), false);
+    group_size = p.group_size;
+    transpose = p.transpose;
+  }
+  Product unpack() const {
+    return {packed.unpack(), or_none(lhs_indices.unpack()), or_none(rhs_indices.unpack()),
+            group_size, transpose};
+  }
+  void release() {
+    packed.reset_data();
+    lhs_indices.reset_data();
+    rhs_indices.reset_data();
+  }
+};
+
+// With biases absent they are -scales / 2, so their gradient goes to scales.
+Tensor grad_of_scales(const Tensor& grad_scales, const Tensor& grad_biases, bool has_biases) {
+  return has_biases ? grad_scales : grad_scales - grad_biases.mul(0.5);
+}
+
+// Inputs: x, scales, biases. x is kept only for the gradients of scales and biases: a layer that
+// trains neither holds no activations.
+struct QmmBackward : autograd::TraceableFunction {
+  SavedVariable x, scales, biases;
+  SavedProduct product;
+  std::vector<c10::SymInt> x_sizes;
+  bool has_biases = false;
+
+  std::string name() const override { return "OneBitQmmBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    variable_list out(3);
+    const Tensor& grad = grads[0];
+    if (!grad.defined()) return out;
+    const auto p = product.unpack();
+    const auto scales_ = scales.unpack();
+    if (task_should_compute_output(0)) {
+      out[0] = p.grad_x(grad, x_sizes, scales_, or_none(biases.unpack()));
+    }
+    if (task_should_compute_output(1) || task_should_compute_output(2)) {
+      const auto [grad_scales, grad_biases] = p.grad_levels(grad, x.unpack());
+      out[1] = grad_of_scales(grad_scales, grad_biases, has_biases).to(scales_.scalar_type());
+      if (has_biases) out[2] = grad_biases.to(scales_.scalar_type());
+    }
+    return out;
+  }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    x.reset_data();
+    scales.reset_data();
+    biases.reset_data();
+    product.release();
+  }
+};
+
+// affine_grad is linear in grad and in x: with (a, b) the gradient of its results,
+// <a, grad_scales> + <b, grad_biases> = <grad, product of x with weights a * bit + b>.
+// Inputs: grad, x.
+struct AffineGradBackward : autograd::TraceableFunction {
+  SavedVariable grad, x;
+  SavedProduct product;
+
+  std::string name() const override { return "OneBitAffineGradBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    variable_list out(2);
+    if (!grads[0].defined() && !grads[1].defined()) return out;
+    const auto a = grads[0].defined() ? grads[0] : at::zeros_like(grads[1]);
+    const auto b = grads[1].defined() ? grads[1] : at::zeros_like(grads[0]);
+    const auto p = product.unpack();
+    const auto x_ = x.unpack();
+    if (task_should_compute_output(0)) out[0] = p.forward(x_, a, b);
+    if (task_should_compute_output(1)) out[1] = p.grad_x(grad.unpack(), x_.sym_sizes(), a, b);
+    return out;
+  }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    grad.reset_data();
+    x.reset_data();
+    product.release();
+  }
+};
+
+// dequantize is w_hat = scales * bit + biases: sums of grad over the groups, with and without bit.
+// With indices it is embedding: the same of gathered rows. Inputs: scales, biases.
+struct DequantizeBackward : autograd::TraceableFunction {
+  SavedVariable packed, indices;
+  int64_t group_size = 0;
+  bool has_biases = false;
+
+  std::string name() const override { return "OneBitDequantizeBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    variable_list out(2);
+    const Tensor& grad = grads[0];
+    if (!grad.defined()) return out;
+    auto words = packed.unpack();
+    if (words.scalar_type() != at::kInt) words = words.view(at::kInt);
+    const auto all = levels_shape<c10::SymInt>(words, group_size);
+    const auto rows = indices.unpack().defined() ? indices.unpack().reshape(-1) : Tensor();
+    if (rows.defined()) words = words.index_select(0, rows);
+
+    const auto sizes = levels_shape<c10::SymInt>(words, group_size);
+    const auto options = grad.options().dtype(sum_type(grad));
+    const auto bits = ops::dequantize().call(words, at::ones_symint(sizes, options),
+                                             at::zeros_symint(sizes, options), group_size);
+    std::vector<c10::SymInt> groups(sizes.begin(), sizes.end());
+    groups.emplace_back(group_size);
+    const auto grad_groups = grad.to(options.dtype()).reshape_symint(groups);
+    const auto finish = [&](const Tensor& sum) {
+      const auto result =
+          rows.defined() ? at::zeros_symint(all, options).index_add(0, rows, sum) : sum;
+      return result.to(grad.scalar_type());
+    };
+    const auto grad_scales = (grad_groups * bits.reshape_symint(groups)).sum(-1);
+    const auto grad_biases = grad_groups.sum(-1);
+    out[0] = finish(grad_of_scales(grad_scales, grad_biases, has_biases));
+    if (has_biases) out[1] = finish(grad_biases);
+    return out;
+  }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    packed.reset_data();
+    indices.reset_data();
+  }
+};
+
+template <class Op, class... Args>
+auto below_autograd(const Op& op, c10::DispatchKeySet keys, Args&&... args) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.redispatch(keys & c10::after_autograd_keyset, std::forward<Args>(args)...);
+}
+
+// Records a product y that was computed from x, scales and biases.
+void record_product(Tensor& y,
+                    const Tensor& x,
+                    const Tensor& scales,
+                    const OptionalTensor& biases,
+                    const Product& product) {
+  auto node = make_node<QmmBackward>();
+  node->set_next_edges(autograd::collect_next_edges(x, scales, or_undefined(biases)));
+  if (scales.requires_grad() || (biases && biases->requires_grad())) {
+    node->x = SavedVariable(x, false);
+  }
+  node->x_sizes = x.sym_sizes().vec();
+  node->scales = SavedVariable(scales, false);
+  node->biases = SavedVariable(or_undefined(biases), false);
+  node->has_biases = biases.has_value();
+  node->product.save(product);
+  autograd::set_history(y, node);
+}
+
+Tensor qmm_autograd(c10::DispatchKeySet keys,
+                    const Tensor& x,
+                    const Tensor& packed,
+                    const Tensor& scales,
+                    const OptionalTensor& biases,
+                    int64_t group_size,
+                    bool transpose) {
+  refuse_forward_modes("qmm", x, scales, biases);
+  auto y = below_autograd(ops::qmm(), keys, x, packed, scales, biases, group_size, transpose);
+  if (autograd::compute_requires_grad(x, scales, or_undefined(biases))) {
+    record_product(y, x, scales, biases,
+                   {packed, std::nullopt, std::nullopt, group_size, transpose});
+  }
+  return y;
+}
+
+Tensor gather_qmm_autograd(c10::DispatchKeySet keys,
+                           const Tensor& x,
+                           const Tensor& packed,
+                           const Tensor& scales,
+                           const OptionalTensor& biases,
+                           const OptionalTensor& lhs_indices,
+                           const OptionalTensor& rhs_indices,
+                           int64_t group_size,
+                           bool transpose,
+                           bool sorted_indices) {
+  refuse_forward_modes("gather_qmm", x, scales, biases);
+  auto y = below_autograd(ops::gather_qmm(), keys, x, packed, scales, biases, lhs_indices,
+                          rhs_indices, group_size, transpose, sorted_indices);
+  if (autograd::compute_requires_grad(x, scales, or_undefined(biases))) {
+    record_product(y, x, scales, biases, {packed, lhs_indices, rhs_indices, group_size, transpose});
+  }
+  return y;
+}
+
+std::tuple<Tensor, Tensor> affine_grad_autograd(c10::DispatchKeySet keys,
+                                                const Tensor& grad,
+                                                const Tensor& x,
+                                                const Tensor& packed,
+                                                const OptionalTensor& lhs_indices,
+                                                const OptionalTensor& rhs_indices,
+                                                int64_t group_size,
+                                                bool transpose) {
+  refuse_forward_modes("affine_grad", grad, x);
+  auto result = below_autograd(ops::affine_grad(), keys, grad, x, packed, lhs_indices, rhs_indices,
+                               group_size, transpose);
+  if (autograd::compute_requires_grad(grad, x)) {
+    auto node = make_node<AffineGradBackward>();
+    node->set_next_edges(autograd::collect_next_edges(grad, x));
+    node->grad = SavedVariable(grad, false);
+    node->x = SavedVariable(x, false);
+    node->product.save({packed, lhs_indices, rhs_indices, group_size, transpose});
+    autograd::set_history(std::get<0>(result), node);
+    autograd::set_history(std::get<1>(result), node);
+  }
+  return result;
+}
+
+// Records weights w that were decoded from scales and biases, all rows or those that indices name.
+void record_dequantize(Tensor& w,
+                       const Tensor& packed,
+                       const Tensor& scales,
+                       const OptionalTensor& biases,
+                       const Tensor& indices,
+                       int64_t group_size) {
+  auto node = make_node<DequantizeBackward>();
+  node->set_next_edges(autograd::collect_next_edges(scales, or_undefined(biases)));
+  node->packed = SavedVariable(packed, false);
+  node->indices = SavedVariable(indices, false);
+  node->group_size = group_size;
+  node->has_biases = biases.has_value();
+  autograd::set_history(w, node);
+}
+
+Tensor dequantize_autograd(c10::DispatchKeySet keys,
+                           const Tensor& packed,
+                           const Tensor& scales,
+                           const OptionalTensor& biases,
+                           int64_t group_size) {
+  refuse_forward_modes("dequantize", scales, biases);
+  auto w = below_autograd(ops::dequantize(), keys, packed, scales, biases, group_size);
+  if (autograd::compute_requires_grad(scales, or_undefined(biases))) {
+    record_dequantize(w, packed, scales, biases, Tensor(), group_size);
+  }
+  return w;
+}
+
+Tensor embedding_autograd(c10::DispatchKeySet keys,
+                          const Tensor& indices,
+                          const Tensor& packed,
+                          const Tensor& scales,
+                          const OptionalTensor& biases,
+                          int64_t group_size) {
+  refuse_forward_modes("embedding", scales, biases);
+  auto w = below_autograd(ops::embedding(), keys, indices, packed, scales, biases, group_size);
+  if (autograd::compute_requires_grad(scales, or_undefined(biases))) {
+    record_dequantize(w, packed, scales, biases, indices, group_size);
+  }
+  return w;
+}
+
+// The bits are a step function of w and the levels its extremes: quantize has no useful gradient.
+std::tuple<Tensor, Tensor, Tensor> quantize_autograd(c10::DispatchKeySet keys,
+                                                     const Tensor& w,
+                                                     int64_t group_size) {
+  return below_autograd(ops::quantize(), keys, w, group_size);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(onebit, Autograd, m) {
+  m.impl("quantize", &quantize_autograd);
+  m.impl("dequantize", &dequantize_autograd);
+  m.impl("qmm", &qmm_autograd);
+  m.impl("gather_qmm", &gather_qmm_autograd);
+  m.impl("embedding", &embedding_autograd);
+  m.impl("affine_grad", &affine_grad_autograd);
+}
+
+}  // namespace onebit

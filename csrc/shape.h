@@ -1,0 +1,337 @@
+// THE rules: what each operator accepts and the shape of what it returns.
+//
+// Every backend and the Meta kernels call these functions, so an illegal call reads the same
+// everywhere. `Int` is int64_t where tensors have data and c10::SymInt under fake tensors; a rule
+// never compares the number of rows of x with a constant, so one compiled graph serves them all.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+#include <c10/util/Exception.h>
+#include <c10/util/SmallVector.h>
+
+#include <optional>
+#include <type_traits>
+
+#include "format.h"
+
+namespace onebit {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class Int>
+using Sizes = c10::SmallVector<Int, 6>;
+
+template <class Int>
+Sizes<Int> sizes_of(const Tensor& t) {
+  if constexpr (std::is_same_v<Int, int64_t>) {
+    return Sizes<Int>(t.sizes().begin(), t.sizes().end());
+  } else {
+    return Sizes<Int>(t.sym_sizes().begin(), t.sym_sizes().end());
+  }
+}
+
+inline bool equal(int64_t a, int64_t b) { return a == b; }
+inline bool equal(const c10::SymInt& a, const c10::SymInt& b) {
+  return a.sym_eq(b).expect_true(__FILE__, __LINE__);
+}
+
+template <class Int>
+c10::ArrayRef<Int> leading(const Sizes<Int>& sizes, size_t drop) {
+  return c10::ArrayRef<Int>(sizes.data(), sizes.size() - drop);
+}
+
+// The two kinds of tensor that one product mixes
+// ---------------------------------------------------
+
+inline bool is_value_type(at::ScalarType type) {
+  return type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kDouble;
+}
+
+inline void check_values(const char* name, const Tensor& t) {
+  TORCH_CHECK_VALUE(is_value_type(t.scalar_type()), name,
+                    " must be float32, float16, bfloat16 or float64, got ", t.scalar_type());
+}
+
+inline void check_indices(const char* name, const Tensor& t) {
+  TORCH_CHECK_VALUE(t.scalar_type() == at::kInt || t.scalar_type() == at::kLong, name,
+                    " must be int32 or int64, got ", t.scalar_type());
+}
+
+inline void check_same_device(const char* name, const Tensor& t, const Tensor& x) {
+  TORCH_CHECK_VALUE(t.device() == x.device(), name, " must be on ", x.device(),
+                    " as the others, got ", t.device());
+}
+
+inline void check_group_size(int64_t group_size) {
+  TORCH_CHECK_VALUE(is_group_size(group_size), "group_size must be 32, 64 or 128, got ",
+                    group_size);
+}
+
+template <class Int>
+void check_sizes(const char* name,
+                 const Tensor& t,
+                 const Sizes<Int>& expected,
+                 const char* reason) {
+  const auto got = sizes_of<Int>(t);
+  bool same = got.size() == expected.size();
+  for (size_t d = 0; same && d < got.size(); ++d) same = equal(got[d], expected[d]);
+  TORCH_CHECK_VALUE(same, name, " must have shape ", c10::ArrayRef<Int>(expected), reason, ", got ",
+                    c10::ArrayRef<Int>(got));
+}
+
+// packed [..., rows, columns / 32]. Returns columns.
+template <class Int>
+Int check_packed(const Tensor& packed, int64_t group_size, int64_t min_dim) {
+  check_group_size(group_size);
+  TORCH_CHECK_VALUE(packed.scalar_type() == at::kInt || packed.scalar_type() == at::kUInt32,
+                    "packed must be int32 or uint32, got ", packed.scalar_type());
+  TORCH_CHECK_VALUE(packed.dim() >= min_dim, "packed must have at least ", min_dim,
+                    min_dim == 1 ? " dimension, got " : " dimensions, got ", packed.dim());
+  const Int words = sizes_of<Int>(packed).back();
+  TORCH_CHECK_VALUE(equal(words * kWordBits % group_size, Int(0)),
+                    "packed must have a last dimension of whole groups (", group_size / kWordBits,
+                    " words each), got ", words);
+  return words * kWordBits;
+}
+
+// scales and biases of packed [..., words] are [..., words * 32 / group_size].
+template <class Int>
+Sizes<Int> levels_shape(const Tensor& packed, int64_t group_size) {
+  auto sizes = sizes_of<Int>(packed);
+  sizes.back() = sizes.back() * kWordBits / group_size;
+  return sizes;
+}
+
+template <class Int>
+void check_levels(const Tensor& scales,
+                  const OptionalTensor& biases,
+                  const Tensor& packed,
+                  int64_t group_size) {
+  const auto expected = levels_shape<Int>(packed, group_size);
+  check_values("scales", scales);
+  check_same_device("scales", scales, packed);
+  check_sizes<Int>("scales", scales, expected, " (one per group of packed)");
+  if (!biases) return;
+  TORCH_CHECK_VALUE(biases->scalar_type() == scales.scalar_type(),
+                    "biases must have the dtype of scales (", scales.scalar_type(), "), got ",
+                    biases->scalar_type());
+  check_same_device("biases", *biases, packed);
+  check_sizes<Int>("biases", *biases, expected, " (one per group of packed)");
+}
+
+template <class Int>
+Sizes<Int> broadcast(const char* name, c10::ArrayRef<Int> a, c10::ArrayRef<Int> b) {
+  Sizes<Int> out(std::max(a.size(), b.size()), Int(1));
+  for (size_t i = 0; i < out.size(); ++i) {  // i counts dimensions from the last one
+    const Int one(1);
+    const Int& size_a = i < a.size() ? a[a.size() - 1 - i] : one;
+    const Int& size_b = i < b.size() ? b[b.size() - 1 - i] : one;
+    const bool take_b = size_a == 1;
+    TORCH_CHECK_VALUE(take_b || size_b == 1 || equal(size_a, size_b), name,
+                      " must broadcast against ", a, ", got ", b);
+    out[out.size() - 1 - i] = take_b ? size_b : size_a;
+  }
+  return out;
+}
+
+// quantize
+// ------------------------------------------------------------------------------------------
+
+template <class Int>
+struct QuantizeShape {
+  Sizes<Int> packed;  // [..., k / 32]
+  Sizes<Int> scales;  // [..., k / group_size]
+};
+
+template <class Int>
+QuantizeShape<Int> check_quantize(const Tensor& w, int64_t group_size) {
+  check_group_size(group_size);
+  check_values("w", w);
+  TORCH_CHECK_VALUE(w.dim() >= 1, "w must have at least 1 dimension, got ", w.dim());
+  const auto sizes = sizes_of<Int>(w);
+  TORCH_CHECK_VALUE(equal(sizes.back() % group_size, Int(0)),
+                    "w must have a last dimension that is a multiple of group_size ", group_size,
+                    ", got ", sizes.back());
+  QuantizeShape<Int> shape{sizes, sizes};
+  shape.packed.back() = sizes.back() / kWordBits;
+  shape.scales.back() = sizes.back() / group_size;
+  return shape;
+}
+
+// dequantize
+// ----------------------------------------------------------------------------------------
+
+template <class Int>
+Sizes<Int> check_dequantize(const Tensor& packed,
+                            const Tensor& scales,
+                            const OptionalTensor& biases,
+                            int64_t group_size) {
+  const Int columns = check_packed<Int>(packed, group_size, 1);
+  check_levels<Int>(scales, biases, packed, group_size);
+  auto sizes = sizes_of<Int>(packed);
+  sizes.back() = columns;
+  return sizes;
+}
+
+// embedding
+// -----------------------------------------------------------------------------------------
+
+template <class Int>
+Sizes<Int> check_embedding(const Tensor& indices,
+                           const Tensor& packed,
+                           const Tensor& scales,
+                           const OptionalTensor& biases,
+                           int64_t group_size) {
+  const Int columns = check_packed<Int>(packed, group_size, 2);
+  TORCH_CHECK_VALUE(packed.dim() == 2, "packed must have 2 dimensions, got ", packed.dim());
+  check_levels<Int>(scales, biases, packed, group_size);
+  check_indices("indices", indices);
+  check_same_device("indices", indices, packed);
+  auto sizes = sizes_of<Int>(indices);
+  sizes.push_back(columns);
+  return sizes;
+}
+
+// qmm and gather_qmm
+// --------------------------------------------------------------------------------
+
+// y[b] = x[...] . w[...]^T per output matrix b. `m` counts the rows of one such matrix.
+template <class Int>
+struct QmmShape {
+  Sizes<Int> y;  // what the operator returns
+  Sizes<Int>
+      batch;  // output matrices; empty when packed is one matrix and all of x is folded into m
+  Int m, n, k;
+};
+
+// The part that qmm and gather_qmm share: k and n out of x and packed.
+template <class Int>
+QmmShape<Int> product_shape(const Tensor& x,
+                            const Tensor& packed,
+                            int64_t group_size,
+                            bool transpose) {
+  check_values("x", x);
+  TORCH_CHECK_VALUE(x.dim() >= 1, "x must have at least 1 dimension, got ", x.dim());
+  check_same_device("packed", packed, x);
+  const Int columns = check_packed<Int>(packed, group_size, 2);
+  const Int rows = sizes_of<Int>(packed)[packed.dim() - 2];
+  QmmShape<Int> shape;
+  shape.n = transpose ? rows : columns;
+  shape.k = transpose ? columns : rows;
+  const Int last = sizes_of<Int>(x).back();
+  TORCH_CHECK_VALUE(equal(last, shape.k), "x must have a last dimension of ", shape.k,
+                    " (the inner dimension of packed with transpose=", transpose ? "True" : "False",
+                    "), got ", last);
+  return shape;
+}
+
+template <class Int>
+QmmShape<Int> qmm_shape(const Tensor& x, const Tensor& packed, int64_t group_size, bool transpose) {
+  auto shape = product_shape<Int>(x, packed, group_size, transpose);
+  const auto x_sizes = sizes_of<Int>(x);
+  if (packed.dim() == 2) {
+    shape.m = Int(1);
+    for (const Int& size : leading(x_sizes, 1)) shape.m = shape.m * size;
+    shape.y = x_sizes;
+    shape.y.back() = shape.n;
+    return shape;
+  }
+  const auto packed_sizes = sizes_of<Int>(packed);
+  const bool vector = x_sizes.size() == 1;
+  shape.m = vector ? Int(1) : x_sizes[x_sizes.size() - 2];
+  shape.batch =
+      broadcast<Int>("packed", leading(x_sizes, vector ? 1 : 2), leading(packed_sizes, 2));
+  shape.y = shape.batch;
+  if (!vector) shape.y.push_back(shape.m);
+  shape.y.push_back(shape.n);
+  return shape;
+}
+
+// An index that is not given counts the matrices in order.
+template <class Int>
+QmmShape<Int> gather_qmm_shape(const Tensor& x,
+                               const Tensor& packed,
+                               const OptionalTensor& lhs_indices,
+                               const OptionalTensor& rhs_indices,
+                               int64_t group_size,
+                               bool transpose) {
+  auto shape = product_shape<Int>(x, packed, group_size, transpose);
+  TORCH_CHECK_VALUE(x.dim() >= 2, "x must have at least 2 dimensions, got ", x.dim());
+  const auto batch = [&](const char* name, const OptionalTensor& indices, const Tensor& source) {
+    if (!indices) {
+      const auto sizes = sizes_of<Int>(source);
+      const auto matrices = leading(sizes, 2);
+      return Sizes<Int>(matrices.begin(), matrices.end());
+    }
+    check_indices(name, *indices);
+    check_same_device(name, *indices, x);
+    return sizes_of<Int>(*indices);
+  };
+  const auto lhs = batch("lhs_indices", lhs_indices, x);
+  const auto rhs = batch("rhs_indices", rhs_indices, packed);
+  shape.m = sizes_of<Int>(x)[x.dim() - 2];
+  shape.batch = broadcast<Int>("rhs_indices", lhs, rhs);
+  shape.y = shape.batch;
+  shape.y.push_back(shape.m);
+  shape.y.push_back(shape.n);
+  return shape;
+}
+
+template <class Int>
+QmmShape<Int> check_qmm(const Tensor& x,
+                        const Tensor& packed,
+                        const Tensor& scales,
+                        const OptionalTensor& biases,
+                        int64_t group_size,
+                        bool transpose) {
+  auto shape = qmm_shape<Int>(x, packed, group_size, transpose);
+  check_levels<Int>(scales, biases, packed, group_size);
+  return shape;
+}
+
+template <class Int>
+QmmShape<Int> check_gather_qmm(const Tensor& x,
+                               const Tensor& packed,
+                               const Tensor& scales,
+                               const OptionalTensor& biases,
+                               const OptionalTensor& lhs_indices,
+                               const OptionalTensor& rhs_indices,
+                               int64_t group_size,
+                               bool transpose) {
+  auto shape = gather_qmm_shape<Int>(x, packed, lhs_indices, rhs_indices, group_size, transpose);
+  check_levels<Int>(scales, biases, packed, group_size);
+  return shape;
+}
+
+// affine_grad
+// ---------------------------------------------------------------------------------------
+
+// The gradients of scales and biases of a product, from x and the gradient of its result: of
+// gather_qmm when there is an index, of qmm when there is none. Returns the shape of the product.
+template <class Int>
+QmmShape<Int> check_affine_grad(const Tensor& grad,
+                                const Tensor& x,
+                                const Tensor& packed,
+                                const OptionalTensor& lhs_indices,
+                                const OptionalTensor& rhs_indices,
+                                int64_t group_size,
+                                bool transpose) {
+  auto shape =
+      lhs_indices || rhs_indices
+          ? gather_qmm_shape<Int>(x, packed, lhs_indices, rhs_indices, group_size, transpose)
+          : qmm_shape<Int>(x, packed, group_size, transpose);
+  check_same_device("grad", grad, x);
+  TORCH_CHECK_VALUE(grad.scalar_type() == x.scalar_type(), "grad must have the dtype of x (",
+                    x.scalar_type(), "), got ", grad.scalar_type());
+  check_sizes<Int>("grad", grad, shape.y, " (the shape of the product)");
+  return shape;
+}
+
+// Gradients are summed and returned in float, whatever the dtype of x; double stays double.
+inline at::ScalarType sum_type(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+}  // namespace onebit
