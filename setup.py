@@ -26,8 +26,8 @@ def extension() -> CppExtension:
     compile_args = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
     link_args = []
     if sys.platform == "linux":
-        # Compiled with OpenMP, linked without: the runtime torch ships is already loaded, and a second
-        # one would start its own threads.
+        # Compiled with OpenMP, linked without: the runtime torch ships is already loaded, and a
+        # second one would start its own threads.
         compile_args += ["-fopenmp"]
         link_args += ["-Wl,--no-undefined-version"]
     return CppExtension(

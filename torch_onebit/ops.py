@@ -1,7 +1,8 @@
 """The operators with types and documentation; each is ``torch.ops.onebit.<name>``.
 
-The format: bit ``b`` of a weight in group ``g`` stands for ``scales[g] * b + biases[g]``. Groups of 32, 64
-or 128 weights run along the last dimension; weight ``j`` of a row is bit ``j % 32`` of word ``j // 32``.
+The format: bit ``b`` of a weight in group ``g`` stands for ``scales[g] * b + biases[g]``. Groups of
+32, 64 or 128 weights run along the last dimension; weight ``j`` of a row is bit ``j % 32`` of word
+``j // 32``.
 """
 
 import torch
@@ -13,14 +14,15 @@ __all__ = ["affine_grad", "dequantize", "embedding", "gather_qmm", "qmm", "quant
 def quantize(w: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize to 1 bit by MLX's min/max rule: exact for weights that already take two values.
 
-    Per group ``scale = max - min``, ``bias = min`` and ``bit = w - min > scale / 2``. For real-valued
-    weights this rule is poor; see ``torch_onebit.quantize_``.
+    Per group ``scale = max - min``, ``bias = min`` and ``bit = w - min > scale / 2``. For
+    real-valued weights this rule is poor; see ``torch_onebit.quantize_``.
 
     Args:
         w: ``[..., k]``, float32, float16, bfloat16 or float64; k a multiple of ``group_size``.
         group_size: 32, 64 or 128.
     Returns:
-        packed ``[..., k // 32]`` int32, scales and biases ``[..., k // group_size]`` in the dtype of w.
+        packed ``[..., k // 32]`` int32, scales and biases ``[..., k // group_size]`` in the dtype
+        of w.
     Raises:
         ValueError: an argument that the format does not allow; the message names it and its value.
     """
@@ -55,15 +57,15 @@ def qmm(
 ) -> Tensor:
     """Multiply x by a 1-bit matrix without unpacking it.
 
-    ``y = x @ w.T`` with w ``[n, k]``, or ``y = x @ w`` with w ``[k, n]`` when ``transpose`` is false.
-    Sums are float32 (float64 for float64 x). Differentiable in x, scales and biases, twice.
+    ``y = x @ w.T`` with w ``[n, k]``, or ``y = x @ w`` with w ``[k, n]`` when ``transpose`` is
+    false. Sums are float32 (float64 for float64 x). Differentiable in x, scales and biases, twice.
 
     Args:
         x: ``[..., k]``, any floating dtype.
-        packed: ``[n, k // 32]`` (``[k, n // 32]`` when ``transpose`` is false), int32 or uint32. Leading
-            dimensions broadcast against those of x as in ``torch.matmul``.
-        scales, biases: as packed with ``group_size // 32`` words to a group, any floating dtype. Without
-            biases they are ``-scales / 2``.
+        packed: ``[n, k // 32]`` (``[k, n // 32]`` when ``transpose`` is false), int32 or uint32.
+            Leading dimensions broadcast against those of x as in ``torch.matmul``.
+        scales, biases: as packed with ``group_size // 32`` words to a group, any floating dtype.
+            Without biases they are ``-scales / 2``.
         group_size: 32, 64 or 128.
     Returns:
         ``[..., n]`` in the dtype of x.
@@ -86,9 +88,9 @@ def gather_qmm(
 ) -> Tensor:
     """Multiply chosen matrices of x by chosen 1-bit matrices: a mixture of experts, packed.
 
-    ``y[b] = x[lhs_indices[b]] @ w[rhs_indices[b]].T``. The leading dimensions of x and of packed count
-    their matrices in row-major order; an index that is absent counts them one by one. The two indices
-    broadcast against each other.
+    ``y[b] = x[lhs_indices[b]] @ w[rhs_indices[b]].T``. The leading dimensions of x and of packed
+    count their matrices in row-major order; an index that is absent counts them one by one. The two
+    indices broadcast against each other.
 
     Args:
         x: ``[..., m, k]``, any floating dtype.
@@ -126,7 +128,8 @@ def embedding(
 
     Args:
         indices: any shape, int32 or int64.
-        packed: ``[rows, k // 32]``; scales, biases: ``[rows, k // group_size]``; see ``dequantize``.
+        packed: ``[rows, k // 32]``; scales, biases: ``[rows, k // group_size]``; see
+            ``dequantize``.
         group_size: 32, 64 or 128.
     Returns:
         ``[*indices.shape, k]`` in the dtype of scales.
@@ -148,13 +151,13 @@ def affine_grad(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of scales and biases of a product, without the dense gradient of the weights.
 
-    With ``dw = grad.T @ x``: the sums of dw over each group where the bit is set, and over the whole
-    group. In the symmetric form the gradient of scales is the first minus half the second.
+    With ``dw = grad.T @ x``: the sums of dw over each group where the bit is set, and over the
+    whole group. In the symmetric form the gradient of scales is the first minus half the second.
 
     Args:
         grad: the gradient of the product's result, in its shape and dtype.
-        x, packed, lhs_indices, rhs_indices, group_size, transpose: as given to ``gather_qmm``, or to
-            ``qmm`` when there is no index.
+        x, packed, lhs_indices, rhs_indices, group_size, transpose: as given to ``gather_qmm``, or
+            to ``qmm`` when there is no index.
     Returns:
         grad_scales, grad_biases: in the shape of scales; float32 (float64 for float64 x).
     Raises:

@@ -1,0 +1,48 @@
+"""``python -m torch_onebit info``: what is installed and which kernels this machine runs."""
+
+import argparse
+import platform
+
+import torch
+
+import torch_onebit
+
+
+def info() -> None:
+    """Print versions, devices and CPU kernel tables."""
+    ops = torch.ops.onebit
+    rows = {
+        "torch_onebit": torch_onebit.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "devices": ", ".join(_devices()),
+        "threads": str(torch.get_num_threads()),
+        "CPU kernels": f"{ops.cpu_isa()} (available: {', '.join(ops.cpu_isas())})",
+    }
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def _devices() -> list[str]:
+    names = ["cpu"]
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    if torch.cuda.is_available():
+        names.append("cuda")
+    return names
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m torch_onebit", description=torch_onebit.__doc__
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, devices and CPU kernels").set_defaults(run=info)
+    arguments = parser.parse_args()
+    arguments.run()
+
+
+if __name__ == "__main__":
+    main()

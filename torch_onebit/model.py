@@ -1,0 +1,135 @@
+"""quantize_ and dequantize_: swap the layers of a whole model, in place."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
+from torch_onebit.report import QuantizeReport
+
+FilterFn = Callable[[nn.Module, str], "bool | dict[str, Any]"]
+
+
+def quantize_(
+    model: nn.Module,
+    *,
+    group_size: int = 128,
+    symmetric: bool = False,
+    filter_fn: FilterFn | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Quantize a model to 1 bit in place: every nn.Linear and nn.Embedding that the filter accepts.
+
+    Weights that were tied stay tied. A layer that the format cannot hold is left as it is. What was
+    done and what was not, and why, is in ``model.quantize_report``, a ``QuantizeReport`` that
+    prints as a table. Subclasses of the two layers are left alone: their owners may look into their
+    weights.
+
+    Args:
+        model: the model; not itself one of the two layers.
+        group_size: weights that share a scale: 32, 64 or 128.
+        symmetric: store no biases; weights are ``±scales / 2``.
+        filter_fn: ``filter_fn(module, name)`` is false to leave the layer, true to swap it, or a
+            dict of ``group_size`` and ``symmetric`` for this layer. All layers are swapped without
+            it.
+        progress: show a progress bar when it takes more than a moment.
+    Returns:
+        model.
+    Raises:
+        ValueError: a group size that is not 32, 64 or 128, an option that does not exist, or a
+            model that is itself a layer (use ``OneBitLinear.from_linear``).
+    """
+    if type(model) in _CONVERTERS:
+        raise ValueError(
+            f"model must contain the layers to swap, got {type(model).__name__} itself: "
+            f"use {_CONVERTERS[type(model)].__qualname__}"
+        )
+    defaults = {"group_size": group_size, "symmetric": symmetric}
+    report = QuantizeReport()
+    swapped: dict[int, OneBitModule] = {}  # by identity of the layer: one may have several names
+    tied: dict[int, OneBitModule] = {}  # by identity of the float weight
+    places = list(_places(model, lambda module: type(module) in _CONVERTERS))
+    for name, parent, attribute, layer in tqdm(
+        places, desc="quantize", unit="layer", delay=1, disable=None if progress else True
+    ):
+        accepted = filter_fn(layer, name) if filter_fn else True
+        if not isinstance(accepted, dict) and not accepted:
+            continue
+        if id(layer) not in swapped:
+            options = {**defaults, **(accepted if isinstance(accepted, dict) else {})}
+            unknown = options.keys() - defaults.keys()
+            if unknown:
+                raise ValueError(
+                    f"filter_fn must return options among {sorted(defaults)}, got {sorted(unknown)}"
+                )
+            obstacle = _obstacle(layer, options["group_size"])
+            if obstacle:
+                report.skip(name, obstacle)
+                continue
+            new = _CONVERTERS[type(layer)](layer, **options)
+            owner = tied.setdefault(id(layer.weight), new)
+            if owner is not new:
+                tie(owner, new)
+            swapped[id(layer)] = new
+            report.add(name, layer, new, shared=owner is not new)
+        setattr(parent, attribute, swapped[id(layer)])
+    model.quantize_report = report
+    return model
+
+
+def dequantize_(model: nn.Module) -> nn.Module:
+    """Turn every 1-bit layer of a model back into nn.Linear or nn.Embedding, in place.
+
+    The weights are the dequantized ones, in the dtype of the scales; tied layers stay tied.
+
+    Returns:
+        model.
+    Raises:
+        ValueError: a model that is itself a 1-bit layer (use its ``to_linear`` or
+            ``to_embedding``).
+    """
+    if isinstance(model, OneBitModule):
+        raise ValueError(
+            f"model must contain the layers to swap, got {type(model).__name__} itself"
+        )
+    swapped: dict[int, nn.Module] = {}
+    weights: dict[int, nn.Parameter] = {}
+    for _, parent, attribute, layer in _places(model, lambda m: isinstance(m, OneBitModule)):
+        if id(layer) not in swapped:
+            new = layer.to_linear() if isinstance(layer, OneBitLinear) else layer.to_embedding()
+            new.weight = weights.setdefault(id(layer.weight), new.weight)
+            swapped[id(layer)] = new
+        setattr(parent, attribute, swapped[id(layer)])
+    if hasattr(model, "quantize_report"):
+        del model.quantize_report
+    return model
+
+
+_CONVERTERS: dict[type, Callable[..., OneBitModule]] = {
+    nn.Linear: OneBitLinear.from_linear,
+    nn.Embedding: OneBitEmbedding.from_embedding,
+}
+
+
+def _places(
+    model: nn.Module, wanted: Callable[[nn.Module], bool]
+) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """Every attribute that holds a wanted module: (name, parent, attribute, module)."""
+    for prefix, parent in list(model.named_modules()):
+        for attribute, child in list(parent._modules.items()):
+            if child is not None and wanted(child):
+                yield (f"{prefix}.{attribute}" if prefix else attribute, parent, attribute, child)
+
+
+def _obstacle(layer: nn.Module, group_size: int) -> str | None:
+    columns = layer.weight.shape[1]
+    if group_size in (32, 64, 128) and columns % group_size:
+        return f"{columns} columns are not a multiple of group_size {group_size}"
+    if layer.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        return f"weights are {layer.weight.dtype}"
+    if getattr(layer, "max_norm", None) is not None:
+        return "max_norm rewrites rows as they are looked up"
+    return None

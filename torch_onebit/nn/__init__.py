@@ -1,0 +1,7 @@
+"""Modules that hold 1-bit weights."""
+
+from torch_onebit.nn.embedding import OneBitEmbedding
+from torch_onebit.nn.linear import OneBitLinear
+from torch_onebit.nn.weight import OneBitModule, tie
+
+__all__ = ["OneBitEmbedding", "OneBitLinear", "OneBitModule", "tie"]

@@ -1,0 +1,110 @@
+"""OneBitEmbedding: nn.Embedding over packed weights."""
+
+import torch
+from torch import Tensor, nn
+
+from torch_onebit import ops
+from torch_onebit.nn.weight import OneBitModule
+
+
+class OneBitEmbedding(OneBitModule):
+    """Rows of a packed matrix, decoded as they are looked up; a drop-in for ``nn.Embedding``.
+
+    Args:
+        num_embeddings: rows.
+        embedding_dim: k, a multiple of ``group_size``.
+        padding_idx: the row that gets no gradient and starts as zeros.
+        group_size, symmetric, device, dtype: as in ``OneBitLinear``.
+    Shape:
+        indices of any shape, int32 or int64, to ``[*indices.shape, k]`` in the dtype of scales.
+    Raises:
+        ValueError: a group size, k or padding_idx that is not allowed.
+        IndexError: (forward) an index outside the rows.
+    """
+
+    columns_name = "embedding_dim"
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        group_size: int = 128,
+        symmetric: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            group_size=group_size,
+            symmetric=symmetric,
+            device=device,
+            dtype=dtype,
+        )
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        if padding_idx is not None:
+            if not -num_embeddings <= padding_idx < num_embeddings:
+                raise ValueError(
+                    f"padding_idx must be within the {num_embeddings} rows, got {padding_idx}"
+                )
+            padding_idx %= num_embeddings
+        self.padding_idx = padding_idx
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random bits of standard deviation 1, as nn.Embedding starts; zeros at ``padding_idx``."""
+        self._reset_weight(1.0)
+        if self.padding_idx is not None:
+            with torch.no_grad():
+                self.scales[self.padding_idx] = 0
+                if self.biases is not None:
+                    self.biases[self.padding_idx] = 0
+
+    def forward(self, indices: Tensor) -> Tensor:
+        rows = ops.embedding(indices, self.weight, self.scales, self.biases, self.group_size)
+        if self.padding_idx is not None and rows.requires_grad:
+            rows = torch.where((indices == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
+        return rows
+
+    def as_linear(self, x: Tensor) -> Tensor:
+        """``x @ w.T``, the head of a model that ties it to its embedding: ``[..., rows]``."""
+        return ops.qmm(x, self.weight, self.scales, self.biases, self.group_size)
+
+    @classmethod
+    def from_embedding(
+        cls, embedding: nn.Embedding, *, group_size: int = 128, symmetric: bool = False
+    ) -> "OneBitEmbedding":
+        """Quantize an ``nn.Embedding``.
+
+        Raises:
+            ValueError: a group size or ``embedding_dim`` that the format does not allow, or an
+                embedding with ``max_norm``, which rewrites rows as they are looked up.
+        """
+        if embedding.max_norm is not None:
+            raise ValueError(f"embedding must have no max_norm, got {embedding.max_norm}")
+        layer = cls(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            embedding.padding_idx,
+            group_size=group_size,
+            symmetric=symmetric,
+            device="meta",
+        )
+        layer._quantize(embedding.weight)
+        return layer.train(embedding.training)
+
+    def to_embedding(self) -> nn.Embedding:
+        """An ``nn.Embedding`` of the dequantized weights."""
+        weight = self.dequantize().detach()
+        embedding = nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=self.padding_idx)
+        return embedding.train(self.training)
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}{padding}, "
+            f"group_size={self.group_size}, symmetric={self.symmetric}"
+        )

@@ -1,0 +1,101 @@
+"""OneBitLinear: nn.Linear over packed weights."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from torch_onebit import ops
+from torch_onebit.nn.weight import OneBitModule, uniform_std
+
+
+class OneBitLinear(OneBitModule):
+    """``y = x @ w.T + bias`` with w packed to one bit per weight; a drop-in for ``nn.Linear``.
+
+    Args:
+        in_features: k, a multiple of ``group_size``.
+        out_features: n.
+        bias: whether there is a ``bias`` ``[n]``, trainable as in ``nn.Linear``.
+        group_size: weights that share a scale: 32, 64 or 128.
+        symmetric: store no ``biases``; weights are ``±scales / 2``.
+        device, dtype: of scales, biases and bias; ``weight`` is int32 always.
+    Shape:
+        x ``[..., k]`` to y ``[..., n]`` in the dtype of x.
+    Raises:
+        ValueError: a group size or a k that the format does not allow.
+    """
+
+    columns_name = "in_features"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        group_size: int = 128,
+        symmetric: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            out_features,
+            in_features,
+            group_size=group_size,
+            symmetric=symmetric,
+            device=device,
+            dtype=dtype,
+        )
+        self.in_features = in_features
+        self.out_features = out_features
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random bits of the standard deviation nn.Linear starts with."""
+        self._reset_weight(uniform_std(self.in_features))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features) if self.in_features else 0
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = ops.qmm(x, self.weight, self.scales, self.biases, self.group_size)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, group_size: int = 128, symmetric: bool = False
+    ) -> "OneBitLinear":
+        """Quantize an ``nn.Linear``; its ``bias`` parameter is taken over, not copied.
+
+        Raises:
+            ValueError: a group size or an ``in_features`` that the format does not allow.
+        """
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            group_size=group_size,
+            symmetric=symmetric,
+            device="meta",
+        )
+        layer._quantize(linear.weight)
+        layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """An ``nn.Linear`` of the dequantized weights; ``bias`` is taken over, not copied."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.dequantize().detach())
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, group_size={self.group_size}, "
+            f"symmetric={self.symmetric}"
+        )

@@ -1,0 +1,146 @@
+"""What OneBitLinear and OneBitEmbedding have in common: a packed matrix and its levels."""
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_onebit import ops
+from torch_onebit.packing import GROUP_SIZES, WORD_BITS, pack_bits
+
+
+class _Tie:
+    """Keeps a packed buffer shared when the modules that share it are moved one after the other.
+
+    PyTorch moves a shared Parameter once, but copies a shared buffer for every module that has it.
+    """
+
+    def __init__(self) -> None:
+        self.source: Callable[[], Tensor | None] = lambda: None
+        self.moved: Tensor | None = None
+
+    def follow(self, before: Tensor, after: Tensor) -> Tensor:
+        if self.source() is before and self.moved is not None:
+            return self.moved
+        self.source, self.moved = weakref.ref(before), after
+        return after
+
+    def __reduce__(self) -> tuple[type["_Tie"], tuple[()]]:
+        return (_Tie, ())
+
+
+class OneBitModule(nn.Module):
+    """A matrix ``[rows, columns]`` of one bit per weight, with a scale and a bias per group.
+
+    Buffers and parameters have the names MLX gives them: ``weight`` ``[rows, columns // 32]`` int32
+    (a buffer: no optimizer or dtype conversion touches it), ``scales`` and ``biases``
+    ``[rows, columns // group_size]`` (parameters, frozen until ``requires_grad_``); ``biases`` is
+    None in the symmetric form, where weights are ``±scales / 2``.
+    """
+
+    weight: Tensor
+    scales: nn.Parameter
+    biases: nn.Parameter | None
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        *,
+        group_size: int = 128,
+        symmetric: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size must be 32, 64 or 128, got {group_size}")
+        if columns % group_size:
+            raise ValueError(
+                f"{self.columns_name} must be a multiple of group_size {group_size}, got {columns}"
+            )
+        self.group_size = group_size
+        self.symmetric = symmetric
+        self._tie: _Tie | None = None
+        words = torch.empty(rows, columns // WORD_BITS, dtype=torch.int32, device=device)
+        self.register_buffer("weight", words)
+
+        def levels() -> nn.Parameter:
+            groups = torch.empty(rows, columns // group_size, device=device, dtype=dtype)
+            return nn.Parameter(groups, requires_grad=False)
+
+        self.scales = levels()
+        self.register_parameter("biases", None if symmetric else levels())
+
+    columns_name = "columns"
+
+    def _reset_weight(self, std: float) -> None:
+        """Random bits with levels ``±std``."""
+        with torch.no_grad():
+            self.weight.random_(-(2**31), 2**31)
+            self.scales.fill_(2 * std)
+            if self.biases is not None:
+                self.biases.fill_(-std)
+
+    @torch.no_grad()
+    def _quantize(self, w: Tensor) -> None:
+        """Take the weights of w ``[rows, columns]``: min/max levels, or ±mean|w| when symmetric."""
+        if self.symmetric:
+            groups = w.unflatten(-1, (-1, self.group_size)).float()
+            scales = (2 * groups.abs().mean(-1)).to(w.dtype)
+            self._set_weight(pack_bits(w > 0), scales, None)
+        else:
+            self._set_weight(*ops.quantize(w, self.group_size))
+
+    def _set_weight(self, packed: Tensor, scales: Tensor, biases: Tensor | None) -> None:
+        self.weight = packed
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.biases = None if biases is None else nn.Parameter(biases, requires_grad=False)
+
+    def dequantize(self) -> Tensor:
+        """The weights ``[rows, columns]`` in the dtype of scales."""
+        return ops.dequantize(self.weight, self.scales, self.biases, self.group_size)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OneBitModule":
+        before = self.weight
+        super()._apply(fn, recurse)
+        if self._tie is not None and self.weight is not before:
+            self.weight = self._tie.follow(before, self.weight)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # MLX stores the words as uint32: the same bits, viewed. The caller's dict stays as it was.
+        key = prefix + "weight"
+        stored = state_dict.get(key)
+        if isinstance(stored, Tensor) and stored.dtype == torch.uint32:
+            state_dict = {**state_dict, key: stored.view(torch.int32)}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def tie(first: OneBitModule, second: OneBitModule) -> None:
+    """Make second use the weights of first, in place; they stay shared when the model is moved.
+
+    Raises:
+        ValueError: weights of different shape, group size or form.
+    """
+    if first.weight.shape != second.weight.shape or first.group_size != second.group_size:
+        raise ValueError(
+            f"second must have packed weights {list(first.weight.shape)} in groups of "
+            f"{first.group_size}, got {list(second.weight.shape)} in groups of {second.group_size}"
+        )
+    if first.symmetric != second.symmetric:
+        raise ValueError(
+            f"second must have symmetric={first.symmetric}, got symmetric={second.symmetric}"
+        )
+    first._tie = second._tie = first._tie or _Tie()
+    second.weight, second.scales, second.biases = first.weight, first.scales, first.biases
+
+
+def uniform_std(columns: int) -> float:
+    """Standard deviation of nn.Linear's initial weights, uniform in ±1/sqrt(columns)."""
+    return 1 / math.sqrt(3 * columns) if columns else 0.0
