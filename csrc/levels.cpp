@@ -20,7 +20,6 @@ TORCH_LIBRARY_FRAGMENT(onebit, m) {
   m.def(
       "fake_quantize_affine_backward(Tensor grad, Tensor w, Tensor scales, Tensor biases, "
       "int group_size) -> (Tensor grad_scales, Tensor grad_biases)");
-  m.def("pack(Tensor bits) -> Tensor");
   // One pass of coordinate descent over columns [begin, end): flips every bit whose flip lowers
   // (w - w_hat) moments (w - w_hat)^T, given error = (w - w_hat) moments. Returns the changes of w_hat.
   m.def(
@@ -85,8 +84,6 @@ std::tuple<Tensor, Tensor> fake_quantize_affine_backward_meta(const Tensor& grad
   return {empty(sizes, w, scales.scalar_type()), empty(sizes, w, scales.scalar_type())};
 }
 
-Tensor pack_meta(const Tensor& bits) { return empty(check_pack<SymInt>(bits), bits, at::kInt); }
-
 Tensor flip_bits_meta(Tensor& bits,
                       const Tensor& error,
                       const Tensor& scales,
@@ -106,7 +103,6 @@ TORCH_LIBRARY_IMPL(onebit, Meta, m) {
   m.impl("fake_quantize_backward", &fake_quantize_backward_meta);
   m.impl("fake_quantize_affine", &fake_quantize_affine_meta);
   m.impl("fake_quantize_affine_backward", &fake_quantize_affine_backward_meta);
-  m.impl("pack", &pack_meta);
   m.impl("flip_bits_", &flip_bits_meta);
 }
 

@@ -67,18 +67,6 @@ void check_affine(const Tensor& w, const Tensor& scales, const Tensor& biases, i
                     biases.scalar_type());
 }
 
-// bits [..., k] bool. Returns [..., k / 32].
-template <class Int>
-Sizes<Int> check_pack(const Tensor& bits) {
-  TORCH_CHECK_VALUE(bits.scalar_type() == at::kBool, "bits must be bool, got ", bits.scalar_type());
-  TORCH_CHECK_VALUE(bits.dim() >= 1, "bits must have at least 1 dimension, got ", bits.dim());
-  auto sizes = sizes_of<Int>(bits);
-  TORCH_CHECK_VALUE(equal(sizes.back() % kWordBits, Int(0)),
-                    "bits must have a last dimension that is a multiple of 32, got ", sizes.back());
-  sizes.back() = sizes.back() / kWordBits;
-  return sizes;
-}
-
 // bits, error [n, k], scales [n, k / group_size], moments [k, k]. Returns [n, end - begin].
 template <class Int>
 Sizes<Int> check_flip_bits(const Tensor& bits,

@@ -135,21 +135,6 @@ std::tuple<Tensor, Tensor> fake_quantize_affine_backward_cpu(const Tensor& grad,
   return {grad_scales, grad_biases};
 }
 
-Tensor pack_cpu(const Tensor& bits) {
-  auto packed = at::empty(check_pack<int64_t>(bits), bits.options().dtype(at::kInt));
-  const auto values = bits.contiguous();
-  const auto* from = values.const_data_ptr<bool>();
-  auto* words = static_cast<uint32_t*>(packed.mutable_data_ptr());
-  at::parallel_for(0, packed.numel(), kValuesPerTask / kWordBits, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      uint32_t word = 0;
-      for (int j = 0; j < kWordBits; ++j) word |= uint32_t(from[i * kWordBits + j]) << j;
-      words[i] = word;
-    }
-  });
-  return packed;
-}
-
 // A flip moves w_hat by d = +-scale and the loss by d^2 moments[j, j] - 2 d error[j].
 template <class Real>
 void flip_row(bool* bits,          // [k]
@@ -214,7 +199,6 @@ TORCH_LIBRARY_IMPL(onebit, CPU, m) {
   m.impl("fake_quantize_backward", &fake_quantize_backward_cpu);
   m.impl("fake_quantize_affine", &fake_quantize_affine_cpu);
   m.impl("fake_quantize_affine_backward", &fake_quantize_affine_backward_cpu);
-  m.impl("pack", &pack_cpu);
   m.impl("flip_bits_", &flip_bits_cpu);
 }
 

@@ -93,17 +93,24 @@ Levels<Real> mean_levels(const Real* v, int size) {
 }
 
 // The weighted means on both sides of the threshold; a side without importance takes the other's.
+// Taken from the lowest and the highest value on, so that a side of equal values keeps them exactly:
+// weights that are already binary lose nothing.
 template <class Real>
 Levels<Real> cut_levels(const Real* v, const Real* importance, int size, Real threshold) {
-  const Real mass = sum<Real>(size, [&](int i) { return importance[i]; });
-  const Real total = sum<Real>(size, [&](int i) { return importance[i] * v[i]; });
-  const Real high_mass =
-      sum<Real>(size, [&](int i) { return Real(v[i] > threshold) * importance[i]; });
-  const Real high_total =
-      sum<Real>(size, [&](int i) { return Real(v[i] > threshold) * (importance[i] * v[i]); });
-  const Real high = high_mass > 0 ? high_total / high_mass : total / mass;
-  const Real low = mass > high_mass ? (total - high_total) / (mass - high_mass) : high;
-  return {0, threshold, low, high_mass > 0 ? high : low};
+  Real lowest = v[0], highest = v[0];
+  for (int i = 1; i < size; ++i) {
+    lowest = v[i] < lowest ? v[i] : lowest;
+    highest = v[i] > highest ? v[i] : highest;
+  }
+  const auto high = [&](int i) { return importance[i] * Real(v[i] > threshold); };
+  const auto low = [&](int i) { return importance[i] * Real(v[i] <= threshold); };
+  const Real high_mass = sum<Real>(size, high);
+  const Real low_mass = sum<Real>(size, low);
+  const Real above = sum<Real>(size, [&](int i) { return low(i) * (v[i] - lowest); });
+  const Real below = sum<Real>(size, [&](int i) { return high(i) * (highest - v[i]); });
+  const Real low_level = lowest + above / low_mass, high_level = highest - below / high_mass;
+  return {0, threshold, low_mass > 0 ? low_level : high_level,
+          high_mass > 0 ? high_level : low_level};
 }
 
 template <class Real>
