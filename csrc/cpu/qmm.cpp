@@ -50,12 +50,18 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Tensor product(const QmmShape<int64_t>& shape,
                const Tensor& x,
-               const WeightTensors& weights,
-               const Batches& batches,
+               const Tensor& packed,
+               const Tensor& scales,
+               const OptionalTensor& biases,
+               const OptionalTensor& lhs_indices,
+               const OptionalTensor& rhs_indices,
+               int64_t group_size,
                bool transpose) {
-  const auto values = x.contiguous();
-  auto y = at::empty(shape.y, x.options());
+  auto y = at::empty(shape.y, x.options());  // first: sizes beyond memory end here, not in a copy
+  const auto batches = batches_of(shape, x, packed, lhs_indices, rhs_indices);
   if (y.numel() == 0) return y;
+  const auto values = x.contiguous();
+  const WeightTensors weights(packed, scales, biases, group_size);
   const auto& table = kernels();
   const auto run = transpose ? table.qmm_t : table.qmm_n;
   const int64_t x_bytes = shape.m * shape.k * x.element_size();
@@ -95,8 +101,7 @@ Tensor qmm_cpu(const Tensor& x,
                int64_t group_size,
                bool transpose) {
   const auto shape = check_qmm<int64_t>(x, packed, scales, biases, group_size, transpose);
-  return product(shape, x, WeightTensors(packed, scales, biases, group_size),
-                 batches_of(shape, x, packed, {}, {}), transpose);
+  return product(shape, x, packed, scales, biases, {}, {}, group_size, transpose);
 }
 
 Tensor gather_qmm_cpu(const Tensor& x,
@@ -110,8 +115,7 @@ Tensor gather_qmm_cpu(const Tensor& x,
                       bool /*sorted_indices*/) {
   const auto shape = check_gather_qmm<int64_t>(x, packed, scales, biases, lhs_indices, rhs_indices,
                                                group_size, transpose);
-  return product(shape, x, WeightTensors(packed, scales, biases, group_size),
-                 batches_of(shape, x, packed, lhs_indices, rhs_indices), transpose);
+  return product(shape, x, packed, scales, biases, lhs_indices, rhs_indices, group_size, transpose);
 }
 
 std::tuple<Tensor, Tensor> affine_grad_cpu(const Tensor& grad,

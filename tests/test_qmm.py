@@ -1,0 +1,133 @@
+"""qmm: accurate for every shape, dtype and layout, whatever table and however many threads."""
+
+import pytest
+import torch
+from cases import MIX_IDS, MIXES, SHAPE_IDS, SHAPES
+from helpers import assert_qmm, make_weights
+from torch import Tensor
+
+qmm = torch.ops.onebit.qmm
+
+
+def make_qmm(m, n, k, x_dtype, dtype, group_size, affine, transpose=True, device="cpu"):
+    rows, columns = (n, k) if transpose else (k, n)
+    packed, scales, biases = make_weights(
+        rows, columns, group_size=group_size, dtype=dtype, symmetric=not affine, device=device
+    )
+    return torch.randn(m, k).to(device, x_dtype), packed, scales, biases, group_size, transpose
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=MIX_IDS)
+@pytest.mark.parametrize("m, n, groups", SHAPES, ids=SHAPE_IDS)
+def test_qmm_is_as_accurate_as_torch(m, n, groups, mix, device, isa):
+    assert_qmm(*make_qmm(m, n, groups * mix[2], *mix, device=device))
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=MIX_IDS)
+@pytest.mark.parametrize("m, n, groups", SHAPES, ids=SHAPE_IDS)
+def test_qmm_without_transpose_is_as_accurate_as_torch(m, n, groups, mix, device, isa):
+    # n counts groups here and k is free: the roles of the table's columns swap.
+    assert_qmm(*make_qmm(m, groups * mix[2], n, *mix, transpose=False, device=device))
+
+
+RANKS = [
+    # x, leading dimensions of packed, why
+    ((64,), (), "a vector"),
+    ((2, 3, 4, 64), (), "leading dimensions fold into rows"),
+    ((1, 3, 4, 64), (2, 1), "both broadcast"),
+    ((4, 64), (3,), "one x for a stack of matrices"),
+    ((3, 1, 64), (3,), "one row per matrix"),
+    ((64,), (2, 3), "a vector for a stack of matrices"),
+    ((2, 1, 5, 64), (3,), "packed has fewer leading dimensions"),
+]
+
+
+@pytest.mark.parametrize("x_shape, lead, why", RANKS, ids=[row[2] for row in RANKS])
+@pytest.mark.parametrize("transpose", [True, False])
+def test_qmm_broadcasts_as_matmul(x_shape, lead, why, transpose, device, isa):
+    rows, columns = (40, 64) if transpose else (64, 96)
+    packed, scales, biases = make_weights(*lead, rows, columns, group_size=32, device=device)
+    assert_qmm(torch.randn(x_shape, device=device), packed, scales, biases, 32, transpose)
+
+
+def with_strides(t: Tensor, layout: str) -> Tensor:
+    """The same values in another layout."""
+    if layout == "transposed":
+        return t.mT.contiguous().mT
+    if layout == "offset":
+        return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+    if layout == "stepped":
+        return torch.stack([t, t], dim=-1)[..., 0]
+    if layout == "expanded":
+        return t[..., :1, :].expand(t.shape)
+    raise ValueError(layout)
+
+
+@pytest.mark.parametrize("argument", ["x", "packed", "scales", "biases"])
+@pytest.mark.parametrize("layout", ["transposed", "offset", "stepped", "expanded"])
+@pytest.mark.parametrize("m", [1, 6])
+def test_qmm_reads_any_layout(argument, layout, m, device, isa):
+    x = torch.randn(m, 256, device=device)
+    args = dict(
+        zip(("packed", "scales", "biases"), make_weights(70, 256, device=device), strict=True)
+    )
+    args = {"x": x, **args}
+    args[argument] = with_strides(args[argument], layout)
+    assert_qmm(*args.values(), 128)
+
+
+EMPTY = [
+    ((0, 64), (5, 64), (0, 5), "no rows"),
+    ((3, 64), (0, 64), (3, 0), "no outputs"),
+    ((3, 0), (5, 0), (3, 5), "nothing to sum"),
+    ((2, 0, 64), (5, 64), (2, 0, 5), "no rows in the middle"),
+    ((0, 4, 64), (0, 5, 64), (0, 4, 5), "no matrices"),
+]
+
+
+@pytest.mark.parametrize("x_shape, w_shape, y_shape, why", EMPTY, ids=[row[3] for row in EMPTY])
+def test_qmm_of_nothing_is_zeros_or_empty(x_shape, w_shape, y_shape, why, device, isa):
+    packed, scales, biases = make_weights(*w_shape, group_size=32, device=device)
+    y = qmm(torch.randn(x_shape, device=device), packed, scales, biases, 32)
+    assert y.shape == y_shape
+    assert not y.any()
+
+
+def test_qmm_takes_mlx_words_as_they_are(device):
+    packed, scales, biases = make_weights(16, 128, device=device)
+    x = torch.randn(3, 128, device=device)
+    assert torch.equal(
+        qmm(x, packed.view(torch.uint32), scales, biases, 128), qmm(x, packed, scales, biases, 128)
+    )
+
+
+@pytest.mark.parametrize("transpose", [True, False])
+@pytest.mark.parametrize("m", [1, 70])
+def test_qmm_does_not_depend_on_the_number_of_threads(m, transpose, isa):
+    args = make_qmm(m, 640, 512, torch.float32, torch.float16, 128, True, transpose)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3, 5):
+        torch.set_num_threads(count)
+        results.append(qmm(*args))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert torch.equal(results[0], other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_qmm_lets_infinity_and_nan_through(dtype, isa):
+    packed, scales, biases = make_weights(65, 128, dtype=torch.float16)
+    x = torch.zeros(3, 128, dtype=dtype)
+    x[0, 5], x[1, 7] = float("inf"), float("nan")
+    y = qmm(x, packed, scales, biases, 128)
+    assert not torch.isfinite(y[:2]).any()
+    assert torch.equal(y[2], torch.zeros(65, dtype=dtype))
+
+
+def test_qmm_sums_in_float32_whatever_x_is(isa):
+    # 4096 equal float16 values of 1: a float16 sum would stop at 2048.
+    packed = torch.full((3, 128), -1, dtype=torch.int32)
+    scales, biases = torch.ones(3, 32), torch.zeros(3, 32)
+    y = qmm(torch.ones(1, 4096, dtype=torch.float16), packed, scales, biases, 128)
+    assert y.tolist() == [[4096.0] * 3]
