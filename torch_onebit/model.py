@@ -8,6 +8,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
+from torch_onebit.packing import GROUP_SIZES
 from torch_onebit.report import QuantizeReport
 
 FilterFn = Callable[[nn.Module, str], "bool | dict[str, Any]"]
@@ -52,26 +53,13 @@ def quantize_(
         )
     defaults = {"group_size": group_size, "symmetric": symmetric, "method": method}
     report = QuantizeReport()
+    chosen = list(_choose(model, defaults, filter_fn, report))  # all decided before any is swapped
     swapped: dict[int, OneBitModule] = {}  # by identity of the layer: one may have several names
     tied: dict[int, OneBitModule] = {}  # by identity of the float weight
-    places = list(_places(model, lambda module: type(module) in _CONVERTERS))
-    for name, parent, attribute, layer in tqdm(
-        places, desc="quantize", unit="layer", delay=1, disable=None if progress else True
+    for name, parent, attribute, layer, options in tqdm(
+        chosen, desc="quantize", unit="layer", delay=1, disable=None if progress else True
     ):
-        accepted = filter_fn(layer, name) if filter_fn else True
-        if not isinstance(accepted, dict) and not accepted:
-            continue
         if id(layer) not in swapped:
-            options = {**defaults, **(accepted if isinstance(accepted, dict) else {})}
-            unknown = options.keys() - defaults.keys()
-            if unknown:
-                raise ValueError(
-                    f"filter_fn must return options among {sorted(defaults)}, got {sorted(unknown)}"
-                )
-            obstacle = _obstacle(layer, options["group_size"])
-            if obstacle:
-                report.skip(name, obstacle)
-                continue
             new = _CONVERTERS[type(layer)](layer, **options)
             owner = tied.setdefault(id(layer.weight), new)
             if owner is not new:
@@ -117,19 +105,42 @@ _CONVERTERS: dict[type, Callable[..., OneBitModule]] = {
 }
 
 
+def _choose(
+    model: nn.Module, defaults: dict[str, Any], filter_fn: FilterFn | None, report: QuantizeReport
+) -> Iterator[tuple[str, nn.Module, str, nn.Module, dict[str, Any]]]:
+    """The places to swap, each with its options; what cannot be swapped goes to the report."""
+    for name, parent, attribute, layer in _places(model, lambda m: type(m) in _CONVERTERS):
+        accepted = filter_fn(layer, name) if filter_fn else True
+        if not isinstance(accepted, dict) and not accepted:
+            continue
+        options = {**defaults, **(accepted if isinstance(accepted, dict) else {})}
+        unknown = options.keys() - defaults.keys()
+        if unknown:
+            raise ValueError(
+                f"filter_fn must return options among {sorted(defaults)}, got {sorted(unknown)}"
+            )
+        if options["group_size"] not in GROUP_SIZES:
+            raise ValueError(f"group_size must be 32, 64 or 128, got {options['group_size']}")
+        obstacle = _obstacle(layer, options["group_size"])
+        if obstacle:
+            report.skip(name, obstacle)
+        else:
+            yield name, parent, attribute, layer, options
+
+
 def _places(
     model: nn.Module, wanted: Callable[[nn.Module], bool]
 ) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
     """Every attribute that holds a wanted module: (name, parent, attribute, module)."""
-    for prefix, parent in list(model.named_modules()):
-        for attribute, child in list(parent._modules.items()):
-            if child is not None and wanted(child):
-                yield (f"{prefix}.{attribute}" if prefix else attribute, parent, attribute, child)
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if name and wanted(module):
+            prefix, _, attribute = name.rpartition(".")
+            yield name, model.get_submodule(prefix), attribute, module
 
 
 def _obstacle(layer: nn.Module, group_size: int) -> str | None:
     columns = layer.weight.shape[1]
-    if group_size in (32, 64, 128) and columns % group_size:
+    if columns % group_size:
         return f"{columns} columns are not a multiple of group_size {group_size}"
     if layer.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         return f"weights are {layer.weight.dtype}"

@@ -23,6 +23,8 @@ def pack_bits(bits: Tensor) -> Tensor:
         raise ValueError(
             f"bits must have a last dimension that is a multiple of 32, got {list(bits.shape)}"
         )
+    if bits.numel() == 0:  # strides of an empty tensor may not allow the view below
+        return bits.new_empty(*bits.shape[:-1], bits.shape[-1] // WORD_BITS, dtype=torch.int32)
     # uint8 first: eight times less memory than shifting int64 bits one by one.
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     octets = bits.unflatten(-1, (-1, 8)).to(torch.uint8) << shifts

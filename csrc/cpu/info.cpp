@@ -21,8 +21,8 @@ std::vector<std::string> cpu_isas() {
 std::string cpu_isa() { return kernels().name; }
 
 void set_cpu_isa(const std::string& name) {
-  TORCH_CHECK_VALUE(
-      select_kernels(name.c_str()), "name must be one of ", cpu_isas(), ", got ", name);
+  TORCH_CHECK_VALUE(select_kernels(name.c_str()), "name must be one of ", cpu_isas(), ", got ",
+                    name);
 }
 
 }  // namespace

@@ -14,23 +14,28 @@ from torch_onebit.packing import GROUP_SIZES, WORD_BITS
 
 
 class _Tie:
-    """Keeps a packed buffer shared when the modules that share it are moved one after the other.
+    """Keeps tensors shared when the modules that share them move one after the other.
 
-    PyTorch moves a shared Parameter once, but copies a shared buffer for every module that has it.
+    PyTorch copies a shared buffer once for every module that has it, and a shared Parameter too
+    when its storage cannot be replaced in place (to and from the meta device).
     """
 
     def __init__(self) -> None:
-        self.source: Callable[[], Tensor | None] = lambda: None
-        self.moved: Tensor | None = None
+        self._moves: dict[str, tuple[weakref.ref[Tensor], Tensor]] = {}
 
-    def follow(self, before: Tensor, after: Tensor) -> Tensor:
-        if self.source() is before and self.moved is not None:
-            return self.moved
-        self.source, self.moved = weakref.ref(before), after
+    def follow(self, name: str, before: Tensor, after: Tensor) -> Tensor:
+        """What stands for ``before`` now: where the first module to move took it."""
+        source, moved = self._moves.get(name, (None, None))
+        if source is not None and source() is before:
+            return moved
+        self._moves[name] = (weakref.ref(before), after)
         return after
 
     def __reduce__(self) -> tuple[type["_Tie"], tuple[()]]:
         return (_Tie, ())
+
+
+_TENSORS = ("weight", "scales", "biases")
 
 
 class OneBitModule(nn.Module):
@@ -102,10 +107,14 @@ class OneBitModule(nn.Module):
         return ops.dequantize(self.weight, self.scales, self.biases, self.group_size)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OneBitModule":
-        before = self.weight
+        if self._tie is None:
+            return super()._apply(fn, recurse)
+        before = {name: getattr(self, name) for name in _TENSORS}
         super()._apply(fn, recurse)
-        if self._tie is not None and self.weight is not before:
-            self.weight = self._tie.follow(before, self.weight)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new is not old:
+                setattr(self, name, self._tie.follow(name, old, new))
         return self
 
     def _load_from_state_dict(
@@ -135,7 +144,8 @@ def tie(first: OneBitModule, second: OneBitModule) -> None:
             f"second must have symmetric={first.symmetric}, got symmetric={second.symmetric}"
         )
     first._tie = second._tie = first._tie or _Tie()
-    second.weight, second.scales, second.biases = first.weight, first.scales, first.biases
+    for name in _TENSORS:
+        setattr(second, name, getattr(first, name))
 
 
 def uniform_std(columns: int) -> float:
