@@ -1,8 +1,8 @@
 """calibrate_: quantize a whole model layer by layer, each against the float model's outputs.
 
 Layer by layer in the order they run, with x_0 the layer's input in the float model and x_q the one
-in the model whose earlier layers are 1-bit already: choose w_hat so that ``w_hat x_q`` comes close to
-``w x_0``. With ``H = E[x_q x_q^T]`` and ``C = E[x_0 x_q^T]`` that is the calibration of
+in the model whose earlier layers are 1-bit already: choose w_hat so that ``w_hat x_q`` comes close
+to ``w x_0``. With ``H = E[x_q x_q^T]`` and ``C = E[x_0 x_q^T]`` that is the calibration of
 ``w C H^-1`` with moments H: later layers make up for the errors of earlier ones.
 """
 
@@ -20,7 +20,7 @@ from torch_onebit import ops
 from torch_onebit.calibration.moments import Moments, collect, run
 from torch_onebit.calibration.report import CalibrationReport, CalibrationRow
 from torch_onebit.calibration.solver import Options, damped, quantize_calibrated
-from torch_onebit.methods import check_method
+from torch_onebit.methods import check_method, quantize_weight
 from torch_onebit.model import FilterFn, _obstacle, _places
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
 
@@ -38,9 +38,9 @@ def calibrate_(
 ) -> CalibrationReport:
     """Quantize a model to 1 bit in place so that its outputs on batches change least.
 
-    nn.Linear layers are calibrated in the order they run; a layer with a bias also corrects the mean
-    of its outputs in it. nn.Embedding, linear layers that share their weight and those that batches
-    never reach are quantized by method "optimal" first. Deterministic.
+    nn.Linear layers are calibrated in the order they run; a layer with a bias also corrects the
+    mean of its outputs in it. nn.Embedding, linear layers that share their weight and those that
+    batches never reach are quantized by method "optimal" first. Deterministic.
 
     A few dozen batches are enough. Time: a forward pass of two models up to each layer, per batch,
     and the solver's cost (``quantize_calibrated``). Memory: a second copy of the model, and the
@@ -51,7 +51,8 @@ def calibrate_(
         batches: inputs, each a tensor, a tuple of arguments or a dict of keyword arguments.
         group_size: weights that share a scale: 32, 64 or 128.
         symmetric: store no biases; weights are ``±scale / 2``.
-        filter_fn: ``filter_fn(module, name)`` is false to leave the layer, true to quantize it, or a
+        filter_fn: ``filter_fn(module, name)`` is false to leave the layer, true to quantize it, or
+        a
             dict of ``group_size`` and ``symmetric`` for this layer.
         options: rounds, sweeps and damping of the solver.
         checkpoint: a folder for finished layers; a run that was cut short goes on from there.
@@ -79,9 +80,7 @@ def calibrate_(
         (job for job in jobs if not job.reason(order)), key=lambda job: order[id(job.layer)]
     )
     store = _Store(checkpoint, options, len(batches))
-    bar = tqdm(
-        total=len(jobs), desc="calibrate", unit="layer", disable=None if progress else True
-    )
+    bar = tqdm(total=len(jobs), desc="calibrate", unit="layer", disable=None if progress else True)
     for index, job in enumerate(data_free + calibrated):
         bar.set_postfix_str(job.name, refresh=False)
         saved = store.load(index, job)
@@ -166,8 +165,6 @@ class _Result:
 @torch.no_grad()
 def _optimal(job: _Job, note: str) -> _Result:
     w = job.layer.weight
-    from torch_onebit.methods import quantize_weight
-
     levels = quantize_weight(w, "optimal", job.group_size, symmetric=job.symmetric)
     w_hat = ops.dequantize(*levels, job.group_size)
     return _Result(*levels, weight_error=_relative(w_hat - w, w), note=note)
@@ -186,7 +183,9 @@ def _calibrate(job: _Job, moments: Moments, options: Options) -> _Result:
     )
     w_hat = ops.dequantize(*levels, job.group_size).double()
     mean_0, mean_q = moments.means(centred)
-    new_bias = None if bias is None else bias + (w.double() @ mean_0 - w_hat @ mean_q).to(bias.dtype)
+    new_bias = (
+        None if bias is None else bias + (w.double() @ mean_0 - w_hat @ mean_q).to(bias.dtype)
+    )
     energy = moments.output_energy(bias, centred)
     # E|w x_0 - w_hat x_q|^2 = E|w x_0|^2 - 2 tr(w C w_hat^T) + tr(w_hat H w_hat^T)
     difference = energy - 2 * ((w.double() @ c) * w_hat).sum() + ((w_hat @ h) * w_hat).sum()

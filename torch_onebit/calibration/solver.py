@@ -1,14 +1,15 @@
 """One weight matrix, calibrated: bits and levels that keep the layer's outputs, not its weights.
 
-Minimises ``tr((w - w_hat) H (w - w_hat)^T)`` with H the second moments of the layer's inputs, by turns:
+Minimises ``tr((w - w_hat) H (w - w_hat)^T)`` with H the second moments of the layer's inputs, by
+turns:
 
     refit    the bits given, all scales and biases of a row are a least-squares problem in
              2 * groups unknowns
     descend  the levels given, flip every bit whose flip lowers the loss, column by column
 
-Both steps only lower the loss. Rows are independent: they are worked on in chunks of bounded memory.
-For n x k weights a round costs about ``n k^2`` multiply-adds for the refit, ``n (2 k / group_size)^3``
-for its solves and ``n k^2`` per sweep of the descent.
+Both steps only lower the loss. Rows are independent: they are worked on in chunks of bounded
+memory. For n x k weights a round costs about ``n k^2`` multiply-adds for the refit, ``n (2 k /
+group_size)^3`` for its solves and ``n k^2`` per sweep of the descent.
 """
 
 from dataclasses import dataclass
@@ -137,7 +138,8 @@ def _refit(
 
 
 def _solve(system: Tensor, right: Tensor) -> Tensor:
-    # A group whose bits are all equal makes the system singular: the ridge picks its smallest answer.
+    # A group whose bits are all equal makes the system singular: the ridge picks its smallest
+    # answer.
     diagonal = system.diagonal(dim1=1, dim2=2)
     diagonal += 1e-7 * diagonal.mean()
     return torch.linalg.solve(system, right).float()

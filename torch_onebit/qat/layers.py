@@ -33,7 +33,9 @@ class LatentModule(nn.Module):
         check_rule(rule, group_size, symmetric)
         columns = self.weight.shape[1]
         if columns % group_size:
-            raise ValueError(f"columns must be a multiple of group_size {group_size}, got {columns}")
+            raise ValueError(
+                f"columns must be a multiple of group_size {group_size}, got {columns}"
+            )
         self.rule = rule
         self.group_size = group_size
         self.symmetric = symmetric

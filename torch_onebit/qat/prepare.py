@@ -1,4 +1,4 @@
-"""prepare_qat_ and convert_: a float model into training with 1-bit weights, and from there to packed."""
+"""prepare_qat_ and convert_: a float model into 1-bit training, and from there to packed."""
 
 from typing import Any
 
@@ -27,7 +27,8 @@ def prepare_qat_(
     symmetric: bool = False,
     filter_fn: FilterFn | None = None,
 ) -> nn.Module:
-    """Make a model train with 1-bit weights, in place: nn.Linear and nn.Embedding become QAT layers.
+    """Make a model train with 1-bit weights, in place: nn.Linear and nn.Embedding become QAT
+    layers.
 
     Parameters stay the same objects: an optimizer made before keeps working, tied weights stay
     tied. A layer whose weight is parametrized keeps its class and gets one more parametrization.
