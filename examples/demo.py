@@ -1,12 +1,14 @@
 """From float32 to a 1-bit model that generates text, on this machine, in a few minutes.
 
-Trains a byte-level transformer, trains on with 1-bit weights, packs them, saves, and reloads in a
-fresh process that generates with torch.compile. Fails if the reloaded or compiled model disagrees.
+Trains a byte-level transformer, makes it 1-bit by calibration alone and by training on with 1-bit
+weights, packs those, saves, and reloads in a fresh process that generates with torch.compile. Fails
+if the reloaded or compiled model disagrees.
 
     python examples/demo.py [--folder out/demo]
 """
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -15,10 +17,9 @@ import time
 from pathlib import Path
 
 import torch
-from byte_lm import ByteLM, Config, evaluate, generate, load_text, train
+from byte_lm import ByteLM, Config, evaluate, generate, load_text, random_batches, train
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
 import torch_onebit
 
@@ -29,22 +30,21 @@ PROMPT = b'def main(argv):\n    """'
 TOLERANCE = 1e-3
 
 
-class Binarize(nn.Module):
-    """Mean plus or minus the mean deviation, per group; the gradient goes straight through."""
-
-    def forward(self, weight: Tensor) -> Tensor:
-        groups = weight.detach().unflatten(-1, (-1, GROUP_SIZE))
-        mean = groups.mean(-1, keepdim=True)
-        deviation = (groups - mean).abs().mean(-1, keepdim=True)
-        binary = torch.where(groups > mean, mean + deviation, mean - deviation).flatten(-2)
-        return weight + (binary - weight).detach()
+def calibrated(model: ByteLM, text: Tensor) -> ByteLM:
+    """A 1-bit copy of a float model, without training: calibrated on a few batches of its text."""
+    copied = copy.deepcopy(model)
+    batches = random_batches(text, CONFIG.context, batch=16, count=16, seed=2)
+    report = torch_onebit.calibrate_(
+        copied, [tokens for tokens, _ in batches], group_size=GROUP_SIZE
+    )
+    print(report)
+    return copied
 
 
 def train_one_bit(model: ByteLM, text: Tensor, steps: int) -> None:
-    """Train on with 1-bit weights in every linear layer and embedding, then pack them, in place."""
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
-    for layer in layers:
-        parametrize.register_parametrization(layer, "weight", Binarize())
+    """Train on with 1-bit weights, a float copy as the teacher; then pack them, in place."""
+    teacher = copy.deepcopy(model)
+    torch_onebit.prepare_qat_(model, group_size=GROUP_SIZE)
     train(
         model,
         text,
@@ -52,12 +52,11 @@ def train_one_bit(model: ByteLM, text: Tensor, steps: int) -> None:
         batch=16,
         steps=steps,
         learning_rate=2e-3,
+        loss_fn=torch_onebit.Distillation(teacher, weight=0.5),
         seed=1,
         title="train 1-bit",
     )
-    for layer in layers:
-        parametrize.remove_parametrizations(layer, "weight")
-    torch_onebit.quantize_(model, group_size=GROUP_SIZE)  # two values per group: nothing is lost
+    torch_onebit.convert_(model)
 
 
 def reload(folder: Path, onebit: bool) -> ByteLM:
@@ -136,6 +135,7 @@ def main() -> None:
         learning_rate=4e-3,
         title="train float32",
     )
+    losses["calibrated"] = evaluate(calibrated(model, text), validation, CONFIG.context)
     for onebit in (False, True):
         if onebit:
             train_one_bit(model, text, args.onebit_steps)
@@ -168,10 +168,12 @@ def print_table(folder: Path, losses: dict[str, float], figures: dict[str, dict]
         ("logits, reloaded - in memory", [f"{figures[n]['reloaded']:.1e}" for n in names]),
         ("logits, compiled - in memory", [f"{figures[n]['compiled']:.1e}" for n in names]),
     ]
+    after = losses["calibrated"]
+    rows.insert(1, ("the same, calibrated, not trained", ["", f"{after:.3f}"]))
     print(f"\n--- the 1-bit model writes ---\n{figures['onebit']['sample']}\n")
-    print(f"{'':32}{'float32':>14}{'1-bit':>14}")
+    print(f"{'':34}{'float32':>14}{'1-bit':>14}")
     for label, cells in rows:
-        print(f"{label:32}" + "".join(f"{cell:>14}" for cell in cells))
+        print(f"{label:34}" + "".join(f"{cell:>14}" for cell in cells))
 
 
 if __name__ == "__main__":

@@ -52,8 +52,7 @@ def calibrate_(
         group_size: weights that share a scale: 32, 64 or 128.
         symmetric: store no biases; weights are ``±scale / 2``.
         filter_fn: ``filter_fn(module, name)`` is false to leave the layer, true to quantize it, or
-        a
-            dict of ``group_size`` and ``symmetric`` for this layer.
+            a dict of ``group_size`` and ``symmetric`` for this layer.
         options: rounds, sweeps and damping of the solver.
         checkpoint: a folder for finished layers; a run that was cut short goes on from there.
         progress: show a progress bar.

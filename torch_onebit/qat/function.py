@@ -17,7 +17,7 @@ from torch_onebit.level_ops import (
 
 
 class _LatentLinear(torch.autograd.Function):
-    """``y = x @ fake_quantize(w).T + bias``; with scales and biases the levels are free."""
+    """``y = x @ fake_quantize(w).T + bias`` for x ``[m, k]``; scales and biases are free levels."""
 
     @staticmethod
     def forward(x, w, scales, biases, bias, rule, group_size):
@@ -33,12 +33,10 @@ class _LatentLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, w, scales, biases = ctx.saved_tensors
         grad_x = grad_w = grad_scales = grad_biases = grad_bias = None
-        rows = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
         if ctx.needs_input_grad[0]:
             grad_x = grad @ _binary(x, w, scales, biases, ctx.rule, ctx.group_size)
         if any(ctx.needs_input_grad[1:4]):
-            inputs = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-            grad_binary = rows.t() @ inputs
+            grad_binary = grad.t() @ x
             if scales is None:
                 grad_w = fake_quantize_backward(grad_binary, w, ctx.rule, ctx.group_size)
             else:
@@ -47,7 +45,7 @@ class _LatentLinear(torch.autograd.Function):
                     grad_binary, w, scales, biases, ctx.group_size
                 )
         if ctx.needs_input_grad[4]:
-            grad_bias = rows.sum(0)
+            grad_bias = grad.sum(0)
         return grad_x, grad_w, grad_scales, grad_biases, grad_bias, None, None
 
 
@@ -85,4 +83,6 @@ def latent_linear(
         with torch.autocast(kind, enabled=False):
             return latent_linear(x, w, bias, rule, group_size, scales, biases)
     bias = None if bias is None else bias.to(x.dtype)
-    return _LatentLinear.apply(x, w, scales, biases, bias, rule, group_size)
+    rows = x.reshape(-1, x.shape[-1])
+    y = _LatentLinear.apply(rows, w, scales, biases, bias, rule, group_size)
+    return y.reshape(*x.shape[:-1], len(w))
