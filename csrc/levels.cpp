@@ -1,5 +1,5 @@
-// Operators that choose two levels for real-valued weights, and that train through the choice: their
-// schemas and Meta kernels. cpu/levels.h has the rules.
+// Operators that choose two levels for real-valued weights, and that train through the choice:
+// their schemas and Meta kernels. cpu/levels.h has the rules.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -21,9 +21,11 @@ TORCH_LIBRARY_FRAGMENT(onebit, m) {
       "fake_quantize_affine_backward(Tensor grad, Tensor w, Tensor scales, Tensor biases, "
       "int group_size) -> (Tensor grad_scales, Tensor grad_biases)");
   // One pass of coordinate descent over columns [begin, end): flips every bit whose flip lowers
-  // (w - w_hat) moments (w - w_hat)^T, given error = (w - w_hat) moments. Returns the changes of w_hat.
+  // (w - w_hat) moments (w - w_hat)^T, given error = (w - w_hat) moments. Returns the changes of
+  // w_hat.
   m.def(
-      "flip_bits_(Tensor(a!) bits, Tensor error, Tensor scales, Tensor moments, int begin, int end, "
+      "flip_bits_(Tensor(a!) bits, Tensor error, Tensor scales, Tensor moments, int begin, int "
+      "end, "
       "int group_size) -> Tensor");
 }
 

@@ -85,14 +85,15 @@ Sizes<Int> check_flip_bits(const Tensor& bits,
                     "bits must have a last dimension that is a multiple of group_size ", group_size,
                     ", got ", sizes[1]);
   TORCH_CHECK_VALUE(0 <= begin && begin < end && end <= sizes[1],
-                    "begin and end must lie in order within the columns of bits (", sizes[1], "), got ",
-                    begin, " and ", end);
-  for (const auto& [name, t] : {std::pair("error", error), std::pair("scales", scales),
-                                std::pair("moments", moments)}) {
+                    "begin and end must lie in order within the columns of bits (", sizes[1],
+                    "), got ", begin, " and ", end);
+  for (const auto& [name, t] :
+       {std::pair("error", error), std::pair("scales", scales), std::pair("moments", moments)}) {
     TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, name,
                       " must be float32 or float64, got ", t.scalar_type());
-    TORCH_CHECK_VALUE(t.scalar_type() == error.scalar_type(), name, " must have the dtype of error (",
-                      error.scalar_type(), "), got ", t.scalar_type());
+    TORCH_CHECK_VALUE(t.scalar_type() == error.scalar_type(), name,
+                      " must have the dtype of error (", error.scalar_type(), "), got ",
+                      t.scalar_type());
     check_same_device(name, t, bits);
   }
   check_sizes<Int>("error", error, sizes, " (as bits)");

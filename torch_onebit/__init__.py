@@ -6,6 +6,7 @@ from torch_onebit._load import load
 
 load()
 
+from torch_onebit import vmap  # noqa: E402
 from torch_onebit.calibration.model import calibrate_  # noqa: E402
 from torch_onebit.calibration.solver import Options as CalibrationOptions  # noqa: E402
 from torch_onebit.methods import METHODS, quantize_weight  # noqa: E402
@@ -27,6 +28,8 @@ from torch_onebit.training import (  # noqa: E402
     add_lora_,
     thaw_levels_,
 )
+
+vmap.register()
 
 try:
     __version__ = version("torch_onebit")

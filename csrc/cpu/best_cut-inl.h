@@ -1,7 +1,7 @@
 // Where to cut a group in two: part of levels-inl.h, and under the same rules.
 //
-// kLanes groups are sorted side by side by a sorting network, one compare-exchange of two vectors at a
-// time: no branch depends on the data.
+// kLanes groups are sorted side by side by a sorting network, one compare-exchange of two vectors
+// at a time: no branch depends on the data.
 
 constexpr int kLanes = 16;  // floats of a zmm register
 constexpr int kMaxGroup = 128;

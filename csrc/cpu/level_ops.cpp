@@ -28,8 +28,12 @@ Rule rule_of(c10::string_view name) {
 }
 
 LevelsArgs levels_args(const Tensor& contiguous_w, c10::string_view rule, int64_t group_size) {
-  return {contiguous_w.const_data_ptr(), dtype_of(contiguous_w), rule_of(rule), int(group_size),
-          nullptr, 1};
+  return {contiguous_w.const_data_ptr(),
+          dtype_of(contiguous_w),
+          rule_of(rule),
+          int(group_size),
+          nullptr,
+          1};
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_levels_cpu(const Tensor& w,
@@ -50,9 +54,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_levels_cpu(const Tensor& w,
   }
   const QuantizeLevelsOut out{static_cast<uint32_t*>(packed.mutable_data_ptr()),
                               scales.mutable_data_ptr(), biases.mutable_data_ptr()};
-  for_groups(scales.numel(), group_size, [&](int64_t begin, int64_t end) {
-    level_kernels().quantize(args, out, begin, end);
-  });
+  for_groups(scales.numel(), group_size,
+             [&](int64_t begin, int64_t end) { level_kernels().quantize(args, out, begin, end); });
   return {packed, scales, biases};
 }
 
@@ -128,20 +131,20 @@ std::tuple<Tensor, Tensor> fake_quantize_affine_backward_cpu(const Tensor& grad,
   const AffineTensors tensors(w, scales, biases);
   const auto grads = grad.contiguous();
   for_groups(scales.numel(), group_size, [&](int64_t begin, int64_t end) {
-    level_kernels().fake_quantize_affine_backward(
-        tensors.args(group_size), grads.const_data_ptr(), dtype_of(grads),
-        grad_scales.mutable_data_ptr(), grad_biases.mutable_data_ptr(), begin, end);
+    level_kernels().fake_quantize_affine_backward(tensors.args(group_size), grads.const_data_ptr(),
+                                                  dtype_of(grads), grad_scales.mutable_data_ptr(),
+                                                  grad_biases.mutable_data_ptr(), begin, end);
   });
   return {grad_scales, grad_biases};
 }
 
 // A flip moves w_hat by d = +-scale and the loss by d^2 moments[j, j] - 2 d error[j].
 template <class Real>
-void flip_row(bool* bits,          // [k]
-              const Real* scales,  // [k / group_size]
-              const Real* moments, // [k, k]
-              Real* error,         // [end - begin], updated as bits flip
-              Real* changes,       // [end - begin]
+void flip_row(bool* bits,           // [k]
+              const Real* scales,   // [k / group_size]
+              const Real* moments,  // [k, k]
+              Real* error,          // [end - begin], updated as bits flip
+              Real* changes,        // [end - begin]
               int64_t k,
               int64_t begin,
               int64_t end,
@@ -167,8 +170,9 @@ Tensor flip_bits_cpu(Tensor& bits,
                      int64_t begin,
                      int64_t end,
                      int64_t group_size) {
-  auto changes = at::empty(
-      check_flip_bits<int64_t>(bits, error, scales, moments, begin, end, group_size), error.options());
+  auto changes =
+      at::empty(check_flip_bits<int64_t>(bits, error, scales, moments, begin, end, group_size),
+                error.options());
   const int64_t n = bits.size(0), k = bits.size(1);
   auto local = error.narrow(1, begin, end - begin).clone(at::MemoryFormat::Contiguous);
   const auto steps = scales.contiguous(), square = moments.contiguous();

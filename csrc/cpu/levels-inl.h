@@ -1,10 +1,11 @@
 // Body of the level kernels, included once per instruction set inside its target region, after a
-// constant kVectorBytes. No std:: function may be called here: the linker could keep this file's copy,
-// compiled for an instruction set that not every machine has.
+// constant kVectorBytes. No std:: function may be called here: the linker could keep this file's
+// copy, compiled for an instruction set that not every machine has.
 
 #include "best_cut-inl.h"
 
-// Storage <-> arithmetic -----------------------------------------------------------------------------
+// Storage <-> arithmetic
+// -----------------------------------------------------------------------------
 
 template <class Real>
 void load(const void* data, DType dtype, int64_t offset, int count, Real* out) {
@@ -29,7 +30,8 @@ void store(const Real* values, int count, void* data, DType dtype, int64_t offse
   });
 }
 
-// Sums -----------------------------------------------------------------------------------------------
+// Sums
+// -----------------------------------------------------------------------------------------------
 
 // term(0) + ... + term(size - 1) in kLanes partial sums, the same order on every instruction set.
 // A term multiplies by a comparison instead of choosing by it: GCC 12 miscompiles
@@ -51,7 +53,8 @@ inline Real magnitude(Real v) {
   return v < 0 ? -v : v;
 }
 
-// Levels of kLanes groups ----------------------------------------------------------------------------
+// Levels of kLanes groups
+// ----------------------------------------------------------------------------
 
 template <class Real>
 struct Levels {
@@ -93,8 +96,8 @@ Levels<Real> mean_levels(const Real* v, int size) {
 }
 
 // The weighted means on both sides of the threshold; a side without importance takes the other's.
-// Taken from the lowest and the highest value on, so that a side of equal values keeps them exactly:
-// weights that are already binary lose nothing.
+// Taken from the lowest and the highest value on, so that a side of equal values keeps them
+// exactly: weights that are already binary lose nothing.
 template <class Real>
 Levels<Real> cut_levels(const Real* v, const Real* importance, int size, Real threshold) {
   Real lowest = v[0], highest = v[0];
@@ -158,7 +161,7 @@ void load_tile(const LevelsArgs& args, int64_t begin, int count, Tile<Real>& til
   if (args.rule == Rule::kOptimal) return optimal_levels(tile, args.importance != nullptr);
   for (int l = 0; l < count; ++l) {
     const Real* v = tile.values[l];
-    tile.levels[l] = args.rule == Rule::kMinMax  ? minmax_levels(v, size)
+    tile.levels[l] = args.rule == Rule::kMinMax ? minmax_levels(v, size)
                      : args.rule == Rule::kSign ? sign_levels(v, tile.importance[l], size)
                                                 : mean_levels(v, size);
   }
@@ -175,7 +178,8 @@ void for_each_tile(const LevelsArgs& args, int64_t begin, int64_t end, Visit vis
   }
 }
 
-// The functions of the table -------------------------------------------------------------------------
+// The functions of the table
+// -------------------------------------------------------------------------
 
 template <class Real>
 void quantize_as(const LevelsArgs& args, const QuantizeLevelsOut& out, int64_t begin, int64_t end) {
@@ -219,7 +223,8 @@ inline Real sign_of(Real v) {
 
 // Adds to grad [size] what flows through the levels of one group.
 template <class Real>
-void add_level_gradient(Rule rule, const Levels<Real>& levels, const Real* v, int size, Real* grad) {
+void add_level_gradient(
+    Rule rule, const Levels<Real>& levels, const Real* v, int size, Real* grad) {
   const Real total = sum<Real>(size, [&](int i) { return grad[i]; });
   const Real high = sum<Real>(size, [&](int i) { return Real(levels.bit(v[i])) * grad[i]; });
   const Real low = total - high;
@@ -327,10 +332,10 @@ void fake_quantize_affine_backward_as(const AffineArgs& args,
 }
 
 // float64 computes in float64, everything else in float32.
-#define ONEBIT_BY_DTYPE(function)                                                   \
-  [](const auto& args, auto... rest) {                                              \
-    return args.dtype == DType::kDouble ? function<double>(args, rest...)           \
-                                        : function<float>(args, rest...);           \
+#define ONEBIT_BY_DTYPE(function)                                         \
+  [](const auto& args, auto... rest) {                                    \
+    return args.dtype == DType::kDouble ? function<double>(args, rest...) \
+                                        : function<float>(args, rest...); \
   }
 
 constexpr LevelKernels make_level_kernels(const char* name) {

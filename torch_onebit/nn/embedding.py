@@ -65,7 +65,7 @@ class OneBitEmbedding(OneBitModule):
 
     def forward(self, indices: Tensor) -> Tensor:
         rows = ops.embedding(indices, self.weight, self.scales, self.biases, self.group_size)
-        if self.padding_idx is not None and rows.requires_grad:
+        if self.padding_idx is not None and torch.is_grad_enabled():
             rows = torch.where((indices == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
         return rows
 

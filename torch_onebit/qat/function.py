@@ -85,4 +85,5 @@ def latent_linear(
     bias = None if bias is None else bias.to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     y = _LatentLinear.apply(rows, w, scales, biases, bias, rule, group_size)
-    return y.reshape(*x.shape[:-1], len(w))
+    # Not a view to autograd, as in nn.Linear: y may be changed in place, and FSDP hooks it.
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], w.shape[0]])
