@@ -124,11 +124,11 @@ OUT_OF_RANGE = [
 
 
 @pytest.mark.parametrize("op, argument, values, message", OUT_OF_RANGE)
-def test_index_out_of_range(op, argument, values, message, device):
+def test_index_out_of_range(op, argument, values, message):
+    # On the CPU: a GPU would have to be waited for, and writes NaN instead.
     arguments = {**valid(op), argument: torch.tensor(values)}
-    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     with pytest.raises(IndexError, match=message):
-        getattr(ops, op)(**moved)
+        getattr(ops, op)(**arguments)
 
 
 def test_index_into_no_rows():
