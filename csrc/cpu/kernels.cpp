@@ -10,12 +10,15 @@
 
 namespace onebit::cpu {
 
-extern const Kernels kScalarKernels;
+extern const Kernels kAvx512Kernels;
 
 namespace {
 
 // Best first.
 const Kernels* const kCompiled[] = {
+#if defined(__x86_64__)
+    &kAvx512Kernels,
+#endif
     &kScalarKernels,
 };
 

@@ -9,6 +9,10 @@
 namespace onebit::cpu {
 
 enum class DType : uint8_t { kFloat, kHalf, kBFloat16, kDouble };
+template <DType kType>
+struct TypeTag {
+  static constexpr DType value = kType;
+};
 
 // Matrix of 1-bit weights, contiguous. Groups run along a row.
 struct Weights {
@@ -28,6 +32,10 @@ struct QmmArgs {
   DType dtype;    // of x and y; sums are float (double for kDouble)
   int64_t m, n, k;
   Weights w;
+  // Row i of the product is row x_rows[i] of x and y_rows[i] of y; null: row i. Lets gather_qmm give
+  // all rows of one expert in one call without copying them.
+  const int64_t* x_rows = nullptr;
+  const int64_t* y_rows = nullptr;
 };
 
 // grad_scales[r, g] += sum over the group of dW[r, j] * bit(r, j);  grad_biases: the same without
@@ -75,6 +83,9 @@ struct Kernels {
   // out[(g - begin), group_size] for groups g in [begin, end) of w, rounded as w.dtype rounds.
   void (*dequantize)(const Weights& w, void* out, int64_t begin, int64_t end);
 };
+
+// The reference, one value at a time; other tables give it what they have no fast form of.
+extern const Kernels kScalarKernels;
 
 // Tables this binary has and this machine can run, best first; the scalar one is always last.
 // ONEBIT_CPU_ISA=<name> forces one; `select_kernels` is for the tests.

@@ -15,6 +15,9 @@ bool supported() { return true; }
 
 bool bit_at(const uint32_t* row, int64_t j) { return row[j / kWordBits] >> (j % kWordBits) & 1u; }
 
+int64_t x_row(const QmmArgs& a, int64_t m) { return a.x_rows ? a.x_rows[m] : m; }
+int64_t y_row(const QmmArgs& a, int64_t m) { return a.y_rows ? a.y_rows[m] : m; }
+
 template <class S>
 struct Levels {
   const S* scales;
@@ -54,13 +57,13 @@ void qmm_t(const QmmArgs& a, const Block& block) {
       for (int64_t g = 0; g < groups; ++g) {
         double set = 0, all = 0;
         for (int64_t j = g * a.w.group_size; j < (g + 1) * a.w.group_size; ++j) {
-          const double value = to_float(x[m * a.k + j]);
+          const double value = to_float(x[x_row(a, m) * a.k + j]);
           all += value;
           if (bit_at(a.w.packed + n * words, j)) set += value;
         }
         sum += levels.scale(n * groups + g) * set + levels.bias(n * groups + g) * all;
       }
-      store(sum, y[m * a.n + n]);
+      store(sum, y[y_row(a, m) * a.n + n]);
     }
   }
 }
@@ -76,7 +79,7 @@ void qmm_n(const QmmArgs& a, const Block& block) {
   for (int64_t m = block.m_begin; m < block.m_end; ++m) {
     sums.assign(sums.size(), 0.0);
     for (int64_t k = 0; k < a.k; ++k) {
-      const double value = to_float(x[m * a.k + k]);
+      const double value = to_float(x[x_row(a, m) * a.k + k]);
       for (int64_t n = block.n_begin; n < block.n_end; ++n) {
         const int64_t group = k * groups + n / a.w.group_size;
         const double bit = bit_at(a.w.packed + k * words, n);
@@ -84,7 +87,7 @@ void qmm_n(const QmmArgs& a, const Block& block) {
       }
     }
     for (int64_t n = block.n_begin; n < block.n_end; ++n) {
-      store(sums[n - block.n_begin], y[m * a.n + n]);
+      store(sums[n - block.n_begin], y[y_row(a, m) * a.n + n]);
     }
   }
 }

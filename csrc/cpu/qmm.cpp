@@ -6,6 +6,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -15,8 +17,9 @@
 namespace onebit::cpu {
 namespace {
 
-// Multiply-adds below which a product stays on one thread.
-constexpr int64_t kMacsPerTask = 1 << 20;
+// Multiply-adds below which a second thread costs more than it saves: fork and join take up to 50 us
+// when the other threads sleep, and a fast table does this many in 20.
+constexpr int64_t kMacsPerTask = 1 << 21;
 
 // Output matrix b is x[x_index[b]] . w[w_index[b]].
 struct Batches {
@@ -48,6 +51,57 @@ Batches batches_of(const QmmShape<int64_t>& shape,
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Rows [m_begin, m_end) of the products with one matrix of weights.
+struct Piece {
+  int64_t matrix;
+  int64_t m_begin, m_end;
+};
+
+// All rows of x that meet one matrix of weights are one product, wherever they lie.
+struct Plan {
+  std::vector<int64_t> x_rows, y_rows;  // of all products, or empty: row i is row i
+  std::vector<Piece> products;
+};
+
+Plan plan_of(const Batches& batches, int64_t m) {
+  const int64_t count = int64_t(batches.x_index.size());
+  if (count == 1 && batches.x_index[0] == 0) return {{}, {}, {{batches.w_index[0], 0, m}}};
+  std::vector<int64_t> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    return batches.w_index[a] < batches.w_index[b];
+  });
+  Plan plan;
+  plan.x_rows.reserve(count * m);
+  plan.y_rows.reserve(count * m);
+  for (const int64_t b : order) {
+    const int64_t row = int64_t(plan.x_rows.size());
+    if (plan.products.empty() || plan.products.back().matrix != batches.w_index[b]) {
+      plan.products.push_back({batches.w_index[b], row, row});
+    }
+    plan.products.back().m_end = row + m;
+    for (int64_t i = 0; i < m; ++i) {
+      plan.x_rows.push_back(batches.x_index[b] * m + i);
+      plan.y_rows.push_back(b * m + i);
+    }
+  }
+  return plan;
+}
+
+// Where there are fewer tiles of columns than threads, rows are split too.
+std::vector<Piece> split_rows(const std::vector<Piece>& products, int64_t tiles, int64_t m_tile) {
+  const int64_t wanted = ceil_div(at::get_num_threads(), tiles * int64_t(products.size()));
+  if (wanted <= 1) return products;
+  std::vector<Piece> pieces;
+  for (const auto& p : products) {
+    const int64_t step = ceil_div(ceil_div(p.m_end - p.m_begin, wanted), m_tile) * m_tile;
+    for (int64_t m = p.m_begin; m < p.m_end; m += step) {
+      pieces.push_back({p.matrix, m, std::min(m + step, p.m_end)});
+    }
+  }
+  return pieces;
+}
+
 Tensor product(const QmmShape<int64_t>& shape,
                const Tensor& x,
                const Tensor& packed,
@@ -64,31 +118,41 @@ Tensor product(const QmmShape<int64_t>& shape,
   const WeightTensors weights(packed, scales, biases, group_size);
   const auto& table = kernels();
   const auto run = transpose ? table.qmm_t : table.qmm_n;
-  const int64_t x_bytes = shape.m * shape.k * x.element_size();
-  const int64_t y_bytes = shape.m * shape.n * x.element_size();
-  const auto args = [&](int64_t b) {
-    return QmmArgs{static_cast<const char*>(values.const_data_ptr()) + batches.x_index[b] * x_bytes,
-                   static_cast<char*>(y.mutable_data_ptr()) + b * y_bytes,
+  // transpose=False works on whole groups of columns.
+  const int64_t n_tile = transpose ? table.n_tile : std::max<int64_t>(table.n_tile, 128);
+  const int64_t tiles = ceil_div(shape.n, n_tile);
+  const auto plan = plan_of(batches, shape.m);
+  const auto pieces = split_rows(plan.products, tiles, table.m_tile);
+  int64_t tasks = 0;  // a task: one row of x times one tile of columns
+  for (const auto& p : pieces) tasks += (p.m_end - p.m_begin) * tiles;
+  const int64_t grain = ceil_div(kMacsPerTask, std::max<int64_t>(n_tile * shape.k, 1));
+  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    int64_t first_task = 0;  // of the piece
+    for (const auto& p : pieces) {
+      // A tile goes to the thread that has its first task; no thread's tile is split.
+      const int64_t rows = p.m_end - p.m_begin;
+      const int64_t first = std::clamp<int64_t>(ceil_div(begin - first_task, rows), 0, tiles);
+      const int64_t last = std::clamp<int64_t>(ceil_div(end - first_task, rows), 0, tiles);
+      first_task += rows * tiles;
+      if (first >= last) continue;
+      // A product is told its own number of rows, not the piece's: the order of sums depends on it.
+      const auto whole = std::find_if(plan.products.begin(), plan.products.end(), [&](auto& q) {
+        return q.m_begin <= p.m_begin && p.m_begin < q.m_end;
+      });
+      const int64_t base = whole->m_begin;
+      QmmArgs args{values.const_data_ptr(),
+                   y.mutable_data_ptr(),
                    dtype_of(x),
-                   shape.m,
+                   whole->m_end - base,
                    shape.n,
                    shape.k,
-                   weights.matrix(batches.w_index[b], transpose ? shape.n : shape.k)};
-  };
-  // Blocks of whole tiles, small enough that every thread gets a few. transpose=False works on
-  // whole groups of columns.
-  const int64_t n_tile = transpose ? table.n_tile : std::max<int64_t>(table.n_tile, 128);
-  const int64_t n_step = ceil_div(ceil_div(shape.n, n_tile), 8) * n_tile;
-  const int64_t m_step = ceil_div(ceil_div(shape.m, table.m_tile), 8) * table.m_tile;
-  const int64_t n_blocks = ceil_div(shape.n, n_step), m_blocks = ceil_div(shape.m, m_step);
-  const int64_t macs = std::max<int64_t>(m_step * n_step, 1) * std::max<int64_t>(shape.k, 1);
-  const int64_t count = int64_t(batches.x_index.size()) * m_blocks * n_blocks;
-  at::parallel_for(0, count, ceil_div(kMacsPerTask, macs), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task % n_blocks * n_step;
-      const int64_t m = task / n_blocks % m_blocks * m_step;
-      run(args(task / n_blocks / m_blocks),
-          {m, std::min(m + m_step, shape.m), n, std::min(n + n_step, shape.n)});
+                   weights.matrix(p.matrix, transpose ? shape.n : shape.k)};
+      if (!plan.x_rows.empty()) {
+        args.x_rows = plan.x_rows.data() + base;
+        args.y_rows = plan.y_rows.data() + base;
+      }
+      run(args, {p.m_begin - base, p.m_end - base, first * n_tile,
+                 std::min(last * n_tile, shape.n)});
     }
   });
   return y;

@@ -1,0 +1,49 @@
+// The AVX-512 table: Skylake-X, Ice Lake, Zen 4 and later.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "float_types.h"
+#include "kernels.h"
+#include "scratch.h"
+#include "target.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the undefined operand of its own intrinsics for a mistake of ours.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+ONEBIT_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+
+#include "lookup_avx512-inl.h"
+#include "table-inl.h"
+
+namespace onebit::cpu {
+namespace {
+
+struct Shapes {
+  // 128 outputs at a time for one row of x: the tables of all of k come from L2, and are read half
+  // as often as with 64.
+  using Stream = LookupAvx512<8>;
+  using Panel = LookupAvx512<4>;
+  using Narrow = LookupAvx512<2>;
+  static constexpr int kTile = 64;
+};
+
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+}  // namespace
+
+extern const Kernels kAvx512Kernels;
+const Kernels kAvx512Kernels = Table<Shapes>::make("avx512", supported);
+
+}  // namespace onebit::cpu
+
+ONEBIT_TARGET_END
+
+#endif

@@ -1,0 +1,334 @@
+// The loops around the lookups, the same for every instruction set.
+//
+//   y[m, n] = sum over groups g:  scale[n, g] * (sum of x[m, j], j in g, bit set)
+//                               + bias[n, g]  * (sum of x[m, j], j in g)
+//
+// A `Lookup` L works on tiles of L::kRows outputs x up to L::kMaxM rows of x, one group at a time:
+// `pack_rows` turns weight words into index vectors (lane = output row), `build` turns the group's
+// activations into a table, `tile` returns the first sum. An output is always the fma chain over
+// ascending groups, whatever tile or block it falls in.
+#pragma once
+
+#include "kernels.h"
+#include "scratch.h"
+#include "target.h"
+
+namespace onebit::cpu {
+namespace {
+
+ONEBIT_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+ONEBIT_INLINE int64_t tiles_for(int64_t count, int64_t tile) { return (count + tile - 1) / tile; }
+
+template <int kValue>
+struct Int {
+  static constexpr int value = kValue;
+};
+
+// f(Int<rows>, first row) over tiles of L::kMaxM rows and the smaller one that is left.
+template <class L, class F>
+ONEBIT_INLINE void for_row_tiles(int64_t count, const F& f) {
+  int64_t m = 0;
+  for (; m + L::kMaxM <= count; m += L::kMaxM) f(Int<L::kMaxM>{}, m);
+  if (count - m == 3) f(Int<3>{}, m);
+  if (count - m == 2) f(Int<2>{}, m);
+  if (count - m == 1) f(Int<1>{}, m);
+}
+
+// Consecutive 64-byte aligned arrays in one buffer.
+class Arena {
+ public:
+  explicit Arena(int64_t bytes) : next_(static_cast<char*>(thread_scratch(bytes + kSlack))) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(next_);
+    next_ += (count * sizeof(T) + 63) / 64 * 64;
+    return p;
+  }
+
+ private:
+  static constexpr int64_t kSlack = 64 * 16;  // rounding of up to 16 arrays
+  char* next_;
+};
+
+ONEBIT_INLINE int64_t element_size(DType dtype) {
+  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
+}
+
+ONEBIT_INLINE int64_t row_of(const int64_t* rows, int64_t m) { return rows ? rows[m] : m; }
+
+// `count` values as floats: where they are, or converted into `buffer`.
+template <class L>
+ONEBIT_INLINE const float* as_floats(
+    const void* x, DType dtype, int64_t offset, int64_t count, float* buffer) {
+  if (dtype == DType::kFloat) return static_cast<const float*>(x) + offset;
+  for (int64_t i = 0; i < count; i += L::kLanes) {
+    L::store(buffer + i, L::load_as(x, dtype, offset + i, count - i));
+  }
+  return buffer;
+}
+
+template <class L, int kCount>
+ONEBIT_INLINE float sum_of(const float* x) {
+  auto sum = L::load(x);
+  ONEBIT_UNROLL
+  for (int i = L::kLanes; i < kCount; i += L::kLanes) sum = L::add(sum, L::load(x + i));
+  return L::sum(sum);
+}
+
+// Scales and biases of rows [row, row + rows), groups [group, group + groups), as floats [group][row]
+// with `ld` rows between groups; rows up to the next multiple of the lanes are filled with copies.
+template <class L, DType kType>
+void pack_levels_as(const Weights& w,
+                    int64_t row,
+                    int64_t rows,
+                    int64_t group,
+                    int groups,
+                    float* scales,
+                    float* biases,
+                    int64_t ld) {
+  const int64_t size = element_size(kType);
+  const int64_t stride = w.columns / w.group_size * size;
+  const int64_t offset = row * stride + group * size;
+  for (int64_t r = 0; r < rows; r += L::kLanes) {
+    const int64_t at = offset + r * stride;
+    const int last = int(at_most(rows - r, L::kLanes)) - 1;
+    L::template transpose_levels<kType>(static_cast<const char*>(w.scales) + at, stride, last,
+                                        groups, scales + r, ld);
+    if (w.biases) {
+      L::template transpose_levels<kType>(static_cast<const char*>(w.biases) + at, stride, last,
+                                          groups, biases + r, ld);
+    } else {
+      for (int g = 0; g < groups; ++g) {
+        L::store(biases + g * ld + r, L::mul(L::set(-0.5f), L::load(scales + g * ld + r)));
+      }
+    }
+  }
+}
+
+template <class L>
+ONEBIT_INLINE void pack_levels(const Weights& w,
+                               int64_t row,
+                               int64_t rows,
+                               int64_t group,
+                               int groups,
+                               float* scales,
+                               float* biases,
+                               int64_t ld) {
+  const auto pack = w.dtype == DType::kHalf       ? pack_levels_as<L, DType::kHalf>
+                    : w.dtype == DType::kBFloat16 ? pack_levels_as<L, DType::kBFloat16>
+                                                  : pack_levels_as<L, DType::kFloat>;
+  pack(w, row, rows, group, groups, scales, biases, ld);
+}
+
+// A row-major matrix of activations; row i of the product is its row rows[i], or row i.
+struct Activations {
+  const void* data;
+  DType dtype;
+  int64_t columns;
+  const int64_t* rows;
+
+  ONEBIT_INLINE int64_t offset(int64_t m, int64_t column) const {
+    return row_of(rows, m) * columns + column;
+  }
+};
+
+ONEBIT_INLINE Activations activations(const QmmArgs& a) { return {a.x, a.dtype, a.k, a.x_rows}; }
+
+// Tables and sums of one group for kM rows of x from row m on.
+template <class L, int kM, int kWords>
+ONEBIT_INLINE void build_tables(
+    const Activations& x, int64_t m, int64_t column, float* table, float (&sums)[kM]) {
+  alignas(64) float buffer[32 * kWords];
+  for (int i = 0; i < kM; ++i) {
+    const float* v =
+        as_floats<L>(x.data, x.dtype, x.offset(m + i, column), 32 * kWords, buffer);
+    L::template build<kM, kWords>(v, i, table);
+    sums[i] = sum_of<L, 32 * kWords>(v);
+  }
+}
+
+// y[kM, tiles * kRows] += one group's contribution.
+template <class L, int kM, int kWords>
+ONEBIT_INLINE void add_group(const uint32_t* index,
+                             const float* table,
+                             const float* scales,
+                             const float* biases,
+                             const float (&sums)[kM],
+                             float* y,
+                             int64_t tiles,
+                             int64_t ld) {
+  for (int64_t t = 0; t < tiles; ++t) {
+    typename L::Vec acc[kM][L::kVectors];
+    L::template tile<kM, kWords>(index, table, acc);
+    ONEBIT_UNROLL
+    for (int r = 0; r < L::kVectors; ++r) {
+      const auto scale = L::load(scales + r * L::kLanes), bias = L::load(biases + r * L::kLanes);
+      ONEBIT_UNROLL
+      for (int m = 0; m < kM; ++m) {
+        float* out = y + m * ld + r * L::kLanes;
+        L::store(out, L::fma(bias, L::set(sums[m]), L::fma(scale, acc[m][r], L::load(out))));
+      }
+    }
+    index += L::index_size(kWords);
+    scales += L::kRows;
+    biases += L::kRows;
+    y += L::kRows;
+  }
+}
+
+template <class L>
+void store_rows(const QmmArgs& a,
+                int64_t m,
+                int64_t m_count,
+                int64_t n,
+                int64_t n_count,
+                const float* acc,
+                int64_t ld) {
+  for (int64_t i = 0; i < m_count; ++i) {
+    const int64_t offset = row_of(a.y_rows, m + i) * a.n + n;
+    for (int64_t j = 0; j < n_count; j += L::kLanes) {
+      L::store_as(a.y, a.dtype, offset + j, n_count - j, L::load(acc + i * ld + j));
+    }
+  }
+}
+
+// Memory of the next tile, fetched in address order a little at a time. Without it, weights that
+// come from memory arrive at 35 instead of 62 GMAC/s per thread.
+class Prefetch {
+ public:
+  Prefetch(const void* begin, int64_t bytes)
+      : next_(static_cast<const char*>(begin)), end_(next_ + (begin ? bytes : 0)) {}
+
+  template <class L>
+  ONEBIT_INLINE void advance(int64_t bytes) {
+    const char* stop = end_ - next_ < bytes ? end_ : next_ + bytes;
+    for (; next_ < stop; next_ += 64) L::prefetch(next_);
+  }
+
+ private:
+  const char *next_, *end_;
+};
+
+// One row of x: the tables of all of k are built first (26 bytes per value), then the weights stream
+// by once, a tile of rows at a time, while the next tile's memory is prefetched.
+template <class L, int kWords>
+void qmm_t_stream(const QmmArgs& a, const Block& block) {
+  constexpr int kGroup = kWords * kWordBits, kChunk = 1024, kGroups = kChunk / kGroup;
+  constexpr int kStep = 512 / kGroup;  // groups whose words are packed at a time: a line of each row
+  constexpr int kIndex = L::index_size(kWords), kTable = L::table_size(kWords);
+  const int64_t groups = a.k / kGroup, words = a.k / kWordBits;
+  Arena arena(groups * (kTable + 1) * 4 + kStep * kIndex * 4 + kGroups * 2 * L::kRows * 4 +
+              L::kRows * 4);
+  auto* tables = arena.take<float>(groups * kTable);
+  auto* sums = arena.take<float[1]>(groups);
+  auto* index = arena.take<uint32_t>(kStep * kIndex);
+  auto* scales = arena.take<float>(kGroups * L::kRows);
+  auto* biases = arena.take<float>(kGroups * L::kRows);
+  auto* acc = arena.take<float>(L::kRows);
+  for (int64_t g = 0; g < groups; ++g) {
+    build_tables<L, 1, kWords>(activations(a), block.m_begin, g * kGroup, tables + g * kTable, sums[g]);
+  }
+  const int64_t row_bytes = words * 4, level_bytes = groups * element_size(a.w.dtype);
+  const auto row = [](const void* p, int64_t offset) -> const void* {
+    return p ? static_cast<const char*>(p) + offset : nullptr;
+  };
+  for (int64_t n = block.n_begin; n < block.n_end; n += L::kRows) {
+    const int64_t rows = at_most(L::kRows, block.n_end - n);
+    const int64_t after = n + rows, next_rows = at_most(L::kRows, block.n_end - after);
+    Prefetch next_words(row(a.w.packed, after * row_bytes), next_rows * row_bytes);
+    Prefetch next_scales(row(a.w.scales, after * level_bytes), next_rows * level_bytes);
+    Prefetch next_biases(row(a.w.biases, after * level_bytes), next_rows * level_bytes);
+    for (int i = 0; i < L::kRows; i += L::kLanes) L::store(acc + i, L::zero());
+    for (int64_t g = 0; g < groups; ++g) {
+      if (g % kGroups == 0) {
+        pack_levels<L>(a.w, n, rows, g, int(at_most(kGroups, groups - g)), scales, biases,
+                       L::kRows);
+      }
+      if (g % kStep == 0) {
+        L::template pack_rows<kWords>(a.w.packed + n * words + g * kWords, words, int(rows),
+                                      int(at_most(kStep, groups - g)) * kWords, index, kIndex);
+      }
+      next_words.advance<L>(kWords * 4 * L::kRows);
+      next_scales.advance<L>(element_size(a.w.dtype) * L::kRows);
+      next_biases.advance<L>(element_size(a.w.dtype) * L::kRows);
+      const int64_t level = g % kGroups * L::kRows;
+      add_group<L, 1, kWords>(index + g % kStep * kIndex, tables + g * kTable, scales + level,
+                              biases + level, sums[g], acc, 1, L::kRows);
+    }
+    store_rows<L>(a, block.m_begin, 1, n, rows, acc, L::kRows);
+  }
+}
+
+// kM rows of x against a packed chunk of a panel: tables are built just in time, in L1.
+template <class L, int kM, int kWords>
+void add_chunk(const QmmArgs& a,
+               int64_t m,
+               int64_t k,
+               int groups,
+               const uint32_t* index,
+               const float* scales,
+               const float* biases,
+               float* table,
+               float* acc,
+               int64_t tiles) {
+  const int64_t ld = tiles * L::kRows;
+  for (int g = 0; g < groups; ++g) {
+    float sums[kM];
+    build_tables<L, kM, kWords>(activations(a), m, k + g * kWords * kWordBits, table, sums);
+    add_group<L, kM, kWords>(index + g * tiles * L::index_size(kWords), table, scales + g * ld,
+                             biases + g * ld, sums, acc, tiles, ld);
+  }
+}
+
+constexpr int64_t kPanelRows = 1024;   // outputs that share a table
+constexpr int64_t kChunkColumns = 1024;
+constexpr int64_t kBlockM = 64;  // rows of x that share packed weights
+
+// Many rows of x: panels of kPanelRows outputs x chunks of kChunkColumns are packed into L2, and
+// every row of x of the block meets them.
+template <class L, int kWords>
+void qmm_t_panels(const QmmArgs& a, const Block& block) {
+  constexpr int kGroup = kWords * kWordBits, kGroups = kChunkColumns / kGroup;
+  constexpr int kIndex = L::index_size(kWords);
+  const int64_t words = a.k / kWordBits;
+  const int64_t panel =
+      at_most(kPanelRows, tiles_for(block.n_end - block.n_begin, L::kRows) * L::kRows);
+  const int64_t m_block = at_most(kBlockM, block.m_end - block.m_begin);
+  Arena arena(panel / L::kRows * kGroups * kIndex * 4 + 2 * kGroups * panel * 4 +
+              L::kMaxM * L::table_size(kWords) * 4 + m_block * panel * 4);
+  auto* index = arena.take<uint32_t>(panel / L::kRows * kGroups * kIndex);
+  auto* scales = arena.take<float>(kGroups * panel);
+  auto* biases = arena.take<float>(kGroups * panel);
+  auto* table = arena.take<float>(L::kMaxM * L::table_size(kWords));
+  auto* acc = arena.take<float>(m_block * panel);
+  for (int64_t m = block.m_begin; m < block.m_end; m += kBlockM) {
+    const int64_t m_count = at_most(kBlockM, block.m_end - m);
+    for (int64_t n = block.n_begin; n < block.n_end; n += kPanelRows) {
+      const int64_t n_count = at_most(kPanelRows, block.n_end - n);
+      const int64_t tiles = tiles_for(n_count, L::kRows), ld = tiles * L::kRows;
+      for (int64_t i = 0; i < m_count * ld; i += L::kLanes) L::store(acc + i, L::zero());
+      for (int64_t k = 0; k < a.k; k += kChunkColumns) {
+        const int64_t columns = at_most(kChunkColumns, a.k - k);
+        const int groups = int(columns / kGroup);
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t row = n + t * L::kRows, rows = at_most(L::kRows, n + n_count - row);
+          L::template pack_rows<kWords>(a.w.packed + row * words + k / kWordBits, words, int(rows),
+                                        int(columns / kWordBits), index + t * kIndex,
+                                        tiles * kIndex);
+          pack_levels<L>(a.w, row, rows, k / kGroup, groups, scales + t * L::kRows,
+                         biases + t * L::kRows, ld);
+        }
+        const auto add = [&](auto rows, int64_t i) {
+          add_chunk<L, decltype(rows)::value, kWords>(a, m + i, k, groups, index, scales, biases,
+                                                      table, acc + i * ld, tiles);
+        };
+        for_row_tiles<L>(m_count, add);
+      }
+      store_rows<L>(a, m, m_count, n, n_count, acc, ld);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace onebit::cpu

@@ -1,0 +1,124 @@
+// transpose=False, y[m, n] = sum_k x[m, k] * (scale[k, g] * bit[k, n] + bias[k, g]), g the group of
+// column n: the product of the backward pass.
+//
+// Within one group of columns the scale belongs to the activation: with z[k] = x[m, k] * scale[k, g]
+// the sum of z where bit[k, n] is set is a lookup as in qmm_t, once the bits of 32 rows k of a column
+// lie in one word. `pack_columns` transposes them so, a unit of 128 rows at a time; tables of z serve
+// one group of columns.
+#pragma once
+
+#include "qmm-inl.h"
+
+namespace onebit::cpu {
+namespace {
+
+constexpr int kUnit = 128;            // rows of w in one lookup pass
+constexpr int kUnitWords = kUnit / kWordBits;
+constexpr int64_t kColumnPanel = 1024;
+constexpr int kRowChunk = 512;
+
+// kM rows of x, one unit of k, all columns of a panel.
+template <class L, int kM, int kGroup>
+void add_unit(const QmmArgs& a,
+              int64_t m,
+              int64_t k,
+              int64_t columns,
+              const uint32_t* index,
+              const float* scales,  // [groups][kRowChunk]
+              const float* biases,
+              float* table,
+              float* acc,
+              int64_t ld) {
+  constexpr int kTiles = kGroup / L::kRows;
+  static_assert(kTiles * L::kRows == kGroup, "a tile must lie in one group");
+  const auto x = activations(a);
+  alignas(64) float values[kM][kUnit], products[kUnit];
+  const int64_t count = at_most(kUnit, a.k - k);
+  for (int i = 0; i < kM; ++i) {
+    for (int j = 0; j < kUnit; j += L::kLanes) {
+      L::store(values[i] + j, L::load_as(x.data, x.dtype, x.offset(m + i, k + j), count - j));
+    }
+  }
+  for (int64_t n = 0; n < columns; n += kGroup) {
+    float offsets[kM];
+    for (int i = 0; i < kM; ++i) {
+      auto offset = L::zero();
+      ONEBIT_UNROLL
+      for (int j = 0; j < kUnit; j += L::kLanes) {
+        const auto v = L::load(values[i] + j);
+        L::store(products + j, L::mul(v, L::load(scales + j)));
+        offset = L::fma(v, L::load(biases + j), offset);
+      }
+      offsets[i] = L::sum(offset);
+      L::template build<kM, kUnitWords>(products, i, table);
+    }
+    for (int t = 0; t < kTiles; ++t, index += L::index_size(kUnitWords), acc += L::kRows) {
+      typename L::Vec sum[kM][L::kVectors];
+      L::template tile<kM, kUnitWords>(index, table, sum);
+      ONEBIT_UNROLL
+      for (int i = 0; i < kM; ++i) {
+        ONEBIT_UNROLL
+        for (int r = 0; r < L::kVectors; ++r) {
+          float* out = acc + i * ld + r * L::kLanes;
+          L::store(out, L::add(L::load(out), L::add(sum[i][r], L::set(offsets[i]))));
+        }
+      }
+    }
+    scales += kRowChunk;
+    biases += kRowChunk;
+  }
+}
+
+template <class L, int kGroup>
+void qmm_n_panels(const QmmArgs& a, const Block& block) {
+  constexpr int kIndex = L::index_size(kUnitWords), kUnits = kRowChunk / kUnit;
+  const int64_t panel = at_most(kColumnPanel, block.n_end - block.n_begin);
+  const int64_t m_block = at_most(kBlockM, block.m_end - block.m_begin);
+  const int64_t words = a.n / kWordBits;
+  Arena arena(kUnits * panel / L::kRows * kIndex * 4 + 2 * (panel / kGroup) * kRowChunk * 4 +
+              L::kMaxM * L::table_size(kUnitWords) * 4 + m_block * panel * 4);
+  auto* index = arena.take<uint32_t>(kUnits * panel / L::kRows * kIndex);
+  auto* scales = arena.take<float>(panel / kGroup * kRowChunk);
+  auto* biases = arena.take<float>(panel / kGroup * kRowChunk);
+  auto* table = arena.take<float>(L::kMaxM * L::table_size(kUnitWords));
+  auto* acc = arena.take<float>(m_block * panel);
+  for (int64_t m = block.m_begin; m < block.m_end; m += kBlockM) {
+    const int64_t m_count = at_most(kBlockM, block.m_end - m);
+    for (int64_t n = block.n_begin; n < block.n_end; n += kColumnPanel) {
+      const int64_t columns = at_most(kColumnPanel, block.n_end - n);
+      const int64_t unit_size = columns / L::kRows * kIndex;
+      for (int64_t i = 0; i < m_count * columns; i += L::kLanes) L::store(acc + i, L::zero());
+      for (int64_t k = 0; k < a.k; k += kRowChunk) {
+        const int64_t rows = at_most(kRowChunk, a.k - k), units = tiles_for(rows, kUnit);
+        for (int64_t u = 0; u < units; ++u) {
+          for (int64_t c = 0; c < columns; c += L::kRows) {
+            L::pack_columns(a.w.packed + (k + u * kUnit) * words, words, (n + c) / kWordBits,
+                            int(at_most(kUnit, rows - u * kUnit)),
+                            index + u * unit_size + c / L::kRows * kIndex);
+          }
+        }
+        // Lanes past the last row hold copies of it; x is 0 there, and the copies are finite or
+        // spoil an output that is not finite anyway.
+        pack_levels<L>(a.w, k, rows, n / kGroup, int(columns / kGroup), scales, biases, kRowChunk);
+        const int64_t filled = tiles_for(rows, L::kLanes) * L::kLanes;
+        for (int64_t g = 0; g < columns / kGroup; ++g) {
+          for (int64_t i = filled; i < units * kUnit; i += L::kLanes) {
+            L::store(scales + g * kRowChunk + i, L::zero());
+            L::store(biases + g * kRowChunk + i, L::zero());
+          }
+        }
+        for_row_tiles<L>(m_count, [&](auto tile, int64_t i) {
+          for (int64_t u = 0; u < units; ++u) {
+            add_unit<L, decltype(tile)::value, kGroup>(
+                a, m + i, k + u * kUnit, columns, index + u * unit_size, scales + u * kUnit,
+                biases + u * kUnit, table, acc + i * columns, columns);
+          }
+        });
+      }
+      store_rows<L>(a, m, m_count, n, columns, acc, columns);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace onebit::cpu

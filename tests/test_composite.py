@@ -1,0 +1,79 @@
+"""Devices without kernels: operators as plain PyTorch, run by asking for another device."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import reference
+import torch
+from helpers import make_weights, to_numpy
+from test_autograd import calls
+from test_errors import OUT_OF_RANGE, ROWS, valid
+from test_golden import assert_same_bits
+from test_quantize import INPUTS
+from torch._C import DispatchKey, DispatchKeySet
+
+ops = torch.ops.onebit
+
+
+def composite(op, *args, **kwargs):
+    """What op would run for tensors on a CUDA device."""
+    return op.default.redispatch(DispatchKeySet(DispatchKey.CUDA), *args, **kwargs)
+
+
+@pytest.mark.parametrize("name", [n for n in calls()])
+def test_composite_equals_the_kernels(name):
+    op, arguments = calls()[name]
+    detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    torch.testing.assert_close(composite(op, *detached), op(*detached))
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_composite_quantizes_and_decodes_the_same_bits(name, dtype):
+    w = INPUTS[name](64).to(dtype)
+    actual, expected = composite(ops.quantize, w, 64), ops.quantize(w, 64)
+    assert torch.equal(actual[0], expected[0])
+    assert_same_bits(actual[1], expected[1])
+    assert_same_bits(actual[2], expected[2])
+    assert_same_bits(composite(ops.dequantize, *expected, 64), ops.dequantize(*expected, 64))
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_composite_sums_in_float32(x_dtype):
+    packed, scales, biases = make_weights(40, 512, dtype=torch.float16)
+    x = torch.randn(3, 512).to(x_dtype)
+    y = composite(ops.qmm, x, packed, scales, biases, 128)
+    exact = reference.qmm(to_numpy(x), *(to_numpy(t) for t in (packed, scales, biases)), 128)
+    assert y.dtype == x_dtype
+    error = np.linalg.norm(to_numpy(y) - exact) / np.linalg.norm(exact)
+    assert error <= 2 * torch.finfo(x_dtype).eps
+
+
+@pytest.mark.parametrize("op, argument, spoil, start, value", ROWS[::3])
+def test_composite_refuses_what_kernels_refuse(op, argument, spoil, start, value):
+    arguments = valid(op)
+    arguments[argument] = spoil(arguments[argument])
+    with pytest.raises(ValueError) as error:
+        composite(getattr(ops, op), **arguments)
+    assert str(error.value).startswith(start)
+
+
+@pytest.mark.parametrize("op, argument, values, message", OUT_OF_RANGE)
+def test_composite_refuses_an_index_out_of_range(op, argument, values, message):
+    arguments = {**valid(op), argument: torch.tensor(values)}
+    with pytest.raises((IndexError, RuntimeError)):
+        composite(getattr(ops, op), **arguments)
+
+
+def test_composite_announces_itself_once():
+    script = """
+import torch, torch_onebit
+from torch._C import DispatchKey, DispatchKeySet
+op, w = torch.ops.onebit.quantize.default, torch.randn(2, 64)
+for _ in range(3):
+    op.redispatch(DispatchKeySet(DispatchKey.CUDA), w, 64)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stderr.count("torch_onebit has no kernel of quantize for cpu devices") == 1
