@@ -1,4 +1,7 @@
-"""``python -m torch_onebit info``: what is installed and which kernels this machine runs."""
+"""``python -m torch_onebit info``: what is installed and which kernels this machine runs.
+
+``python -m torch_onebit selftest``: does every Metal kernel agree with the CPU on this Mac?
+"""
 
 import argparse
 import platform
@@ -6,6 +9,7 @@ import platform
 import torch
 
 import torch_onebit
+from torch_onebit import selftest
 
 
 def info() -> None:
@@ -40,6 +44,8 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices and CPU kernels").set_defaults(run=info)
+    test = commands.add_parser("selftest", help="every Metal kernel against the CPU, on a Mac")
+    test.set_defaults(run=selftest.run)
     arguments = parser.parse_args()
     arguments.run()
 

@@ -28,7 +28,7 @@ def compiler(torch: MacTorch) -> list[str]:
     include, apple = torch.include, host_build.HEADERS / "apple"
     return [
         *(toolchain.zig(), "c++", "-target", "aarch64-macos.14.0", torch.standard, "-O1", "-fPIC"),
-        *("-fobjc-arc", "-Wno-everything", "-Werror=unguarded-availability-new"),
+        *("-fobjc-arc", "-Xclang", "-fopenmp", "-Wno-everything", "-Werror=unguarded-availability-new"),
         *("-Werror=objc-method-access", "-Werror=incompatible-pointer-types"),
         *("-Werror=deprecated-declarations", "-Werror=return-type"),
         *("-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")),

@@ -11,7 +11,7 @@ from pathlib import Path
 import macho
 import toolchain
 
-LIBRARIES = ("libtorch_cpu", "libtorch", "libc10")
+LIBRARIES = ("libtorch_cpu", "libtorch", "libc10", "libomp")
 
 
 class NotAvailable(Exception):
