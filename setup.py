@@ -24,7 +24,7 @@ def sources(*patterns: str) -> list[str]:
 
 
 def shader_header() -> str:
-    """Write the shaders into a header; returns its folder. The extension compiles them at first use."""
+    """Write the shaders into a header, compiled at first use, and return its folder."""
     sys.path.insert(0, str(ROOT / "metal"))
     import embed
 
@@ -53,9 +53,14 @@ def extension() -> CppExtension:
         os.environ.setdefault("ARCHFLAGS", "-arch arm64")
         files += sources("csrc/mps/*.cpp", "csrc/mps/*.mm")
         include_dirs.append(shader_header())
-        # Apple's clang has OpenMP but no driver flag for it; omp.h comes with torch, and so does the
-        # runtime, already loaded when the extension is.
-        compile_args += ["-fobjc-arc", "-Xpreprocessor", "-fopenmp", "-Wno-unused-command-line-argument"]
+        # Apple's clang has OpenMP but no driver flag for it; omp.h comes with torch, and so does
+        # the runtime, already loaded when the extension is.
+        compile_args += [
+            "-fobjc-arc",
+            "-Xpreprocessor",
+            "-fopenmp",
+            "-Wno-unused-command-line-argument",
+        ]
         link_args += ["-framework", "Metal", "-framework", "Foundation"]
     return CppExtension(
         name="torch_onebit._C",

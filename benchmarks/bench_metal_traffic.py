@@ -14,9 +14,10 @@ TESTS = Path(__file__).parent.parent / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "metal"), str(TESTS.parent)]
 
 import host_build  # noqa: E402
-import torch_onebit  # noqa: E402, F401
 import traffic  # noqa: E402
 from tqdm import tqdm  # noqa: E402
+
+import torch_onebit  # noqa: E402, F401
 
 # m, n, k, group size, transpose, where it comes from. n is cut where the emulator would take
 # minutes: every ratio but that of x is the same for any n.

@@ -11,8 +11,8 @@ import torch_onebit  # noqa: F401  (loads the operators)
 
 DEVICES = ["cpu"]
 if sys.platform == "linux" and find_spec("ziglang"):
-    # No Apple GPU here: the real csrc/mps and metal/ run on an emulated one. First of all, for torch
-    # remembers whether there is one the first time it is asked.
+    # No Apple GPU here: the real csrc/mps and metal/ run on an emulated one. First of all, for
+    # torch remembers whether there is one the first time it is asked.
     sys.path.insert(0, str(Path(__file__).parent / "metal"))
     import host_build
 

@@ -1,4 +1,4 @@
-"""``python -m torch_onebit selftest``: every Metal kernel against the CPU, on the GPU of this machine.
+"""``python -m torch_onebit selftest``: every Metal kernel against the CPU, on this Mac's GPU.
 
 The table it prints is one page to attach to a report.
 """
@@ -58,9 +58,8 @@ class Row:
         speed = f"{self.gigabytes_per_second:8.1f}" if self.gigabytes_per_second else " " * 8
         verdict = "ok" if self.passed else "FAIL"
         name = str(self.dtype).removeprefix("torch.")
-        return (
-            f"{self.kernel:<22} {name:<9} {self.error:9.1e} {self.allowed:9.1e}  {verdict:<5}{speed}"
-        )
+        errors = f"{self.error:9.1e} {self.allowed:9.1e}"
+        return f"{self.kernel:<22} {name:<9} {errors}  {verdict:<5}{speed}"
 
 
 def make_weights(rows: int, columns: int, dtype: torch.dtype, group_size: int = 64):
@@ -94,9 +93,7 @@ def gather_row(dtype: torch.dtype, device: str, is_sorted: bool) -> Row:
     x = torch.randn(tokens, 1, 256).to(dtype)
     chosen = torch.randint(0, experts, (tokens,))
     chosen = chosen.sort().values if is_sorted else chosen
-    exact = torch_onebit.gather_qmm(
-        x.double(), *stacked, rhs_indices=chosen, group_size=group_size
-    )
+    exact = torch_onebit.gather_qmm(x.double(), *stacked, rhs_indices=chosen, group_size=group_size)
     w = torch_onebit.dequantize(packed, scales, biases, group_size).view(experts, 64, 256)
     plain = x @ w[chosen].mT
     y = torch_onebit.gather_qmm(
@@ -112,7 +109,7 @@ def gather_row(dtype: torch.dtype, device: str, is_sorted: bool) -> Row:
 
 
 def exact_rows(dtype: torch.dtype, device: str) -> Iterator[Row]:
-    """quantize, dequantize and embedding give the CPU's bits: the error counts values that differ."""
+    """quantize, dequantize and embedding give the CPU's bits: the error counts differences."""
     w = torch.randn(33, 384).to(dtype)
     w[0], w[1] = -w[0].abs(), 0.0
     cpu = torch_onebit.quantize(w, 128)

@@ -14,6 +14,7 @@ import embed
 
 HOST = toolchain.HERE / "host"
 HEADERS = toolchain.HERE / "headers"
+SHARED_HEADER = toolchain.SHADERS / "params.h"
 TORCH = Path(torch.__file__).parent
 
 
@@ -33,9 +34,15 @@ def compiler(language: str) -> list[str]:
 
 def inputs() -> list[Path]:
     """Everything an object may include besides torch."""
-    folders = [toolchain.ROOT / "csrc", toolchain.ROOT / "csrc/mps", toolchain.SHADERS, HOST]
+    folders = [toolchain.ROOT / "csrc", toolchain.ROOT / "csrc/mps", HOST]
     folders += [p for p in HEADERS.rglob("*") if p.is_dir()]
-    return sorted(p for folder in folders for p in folder.glob("*.h"))
+    return [*sorted(p for folder in folders for p in folder.glob("*.h")), SHARED_HEADER]
+
+
+def inputs_of(source: Path) -> list[Path]:
+    """The encoder alone has the shaders in it."""
+    embeds_shaders = source.name == "encoder.mm"
+    return inputs() + ([write_shader_source()] if embeds_shaders else [])
 
 
 def write_shader_source() -> Path:
@@ -49,23 +56,23 @@ def write_shader_source() -> Path:
 
 
 def build() -> Path:
-    generated = write_shader_source()
-    headers = [*inputs(), generated]
     mps = toolchain.ROOT / "csrc" / "mps"
-    sources = sorted([*mps.glob("*.cpp"), *HOST.glob("*.cpp"), *mps.glob("*.mm"), *HOST.glob("*.mm")])
+    sources = sorted(
+        [*mps.glob("*.cpp"), *HOST.glob("*.cpp"), *mps.glob("*.mm"), *HOST.glob("*.mm")]
+    )
     objects = []
     for source in sources:
         language = "objective-c++" if source.suffix == ".mm" else "c++"
         command = [*compiler(language), f"-DTORCH={torch.__version__}"]
-        objects.append(toolchain.object_file(source, command, headers))
-    library = toolchain.cache_directory() / f"host-{toolchain.digest(*(o.name for o in objects))}.so"
+        objects.append(toolchain.object_file(source, command, inputs_of(source)))
+    library = (
+        toolchain.cache_directory() / f"host-{toolchain.digest(*(o.name for o in objects))}.so"
+    )
     if not library.exists():
         scratch = library.with_name(f"{library.name}.{os.getpid()}")
         libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
         rpath = f"-Wl,-rpath,{TORCH / 'lib'}"
-        toolchain.run(
-            ["g++", "-shared", "-o", str(scratch), *map(str, objects), *libraries, rpath]
-        )
+        toolchain.run(["g++", "-shared", "-o", str(scratch), *map(str, objects), *libraries, rpath])
         scratch.rename(library)
     return library
 

@@ -7,9 +7,9 @@ using namespace onebit;
 using namespace onebit::mps;
 
 extern "C" __attribute__((visibility("default"))) void plan(const char* gpu_name,
-                                                             const int64_t* p,
-                                                             char* out,
-                                                             size_t size) {
+                                                            const int64_t* p,
+                                                            char* out,
+                                                            size_t size) {
   const Product product = {static_cast<uint32_t>(p[0]),
                            static_cast<uint32_t>(p[1]),
                            static_cast<uint32_t>(p[2]),

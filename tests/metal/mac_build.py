@@ -28,7 +28,13 @@ def compiler(torch: MacTorch) -> list[str]:
     include, apple = torch.include, host_build.HEADERS / "apple"
     return [
         *(toolchain.zig(), "c++", "-target", "aarch64-macos.14.0", torch.standard, "-O1", "-fPIC"),
-        *("-fobjc-arc", "-Xclang", "-fopenmp", "-Wno-everything", "-Werror=unguarded-availability-new"),
+        *(
+            "-fobjc-arc",
+            "-Xclang",
+            "-fopenmp",
+            "-Wno-everything",
+            "-Werror=unguarded-availability-new",
+        ),
         *("-Werror=objc-method-access", "-Werror=incompatible-pointer-types"),
         *("-Werror=deprecated-declarations", "-Werror=return-type"),
         *("-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")),
@@ -37,7 +43,7 @@ def compiler(torch: MacTorch) -> list[str]:
 
 
 def object_of(source: Path, torch: MacTorch) -> Path:
-    headers = [*host_build.inputs(), host_build.write_shader_source(), *CSRC.glob("cpu/*.h")]
+    headers = [*host_build.inputs_of(source), *CSRC.glob("cpu/*.h")]
     version = (torch.folder / "version.txt").read_text()
     command = [*compiler(torch), f"-DTORCH={version}", f"-I{source.parent}", f"-I{CSRC / 'mps'}"]
     return toolchain.object_file(source, command, headers)

@@ -56,7 +56,9 @@ def _download(version: str, to: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(to.glob("*.whl"))
     if done.returncode or not wheels:
-        raise NotAvailable(f"the macOS wheel of torch {version or '(newest)'}: {done.stderr[-500:]}")
+        raise NotAvailable(
+            f"the macOS wheel of torch {version or '(newest)'}: {done.stderr[-500:]}"
+        )
     return wheels[0]
 
 

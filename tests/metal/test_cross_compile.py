@@ -1,4 +1,4 @@
-"""The extension builds for macOS arm64 against the wheels users install, and a defect would show."""
+"""The extension builds for macOS arm64 against users' wheels, and a defect would show."""
 
 import os
 import subprocess

@@ -79,10 +79,16 @@ def test_sorted_indices_share_a_pass_over_each_matrix(dtype):
 
 def test_every_kernel_of_the_library_runs_in_these_tests():
     """A host_name without a caller, or a caller's kernel without a table row, shows here."""
-    library = emulator.Library(sorted(emulator.toolchain.SHADERS.glob("*.metal")), [emulator.toolchain.SHADERS])
+    library = emulator.Library(
+        sorted(emulator.toolchain.SHADERS.glob("*.metal")), [emulator.toolchain.SHADERS]
+    )
     covered = {
         k.format(t) for *_, kernels in PRODUCTS for k in kernels for t in FLOATS.values()
-    } | {f"{k}_{t}" for k in ("qmm_sorted", "quantize", "decode", "affine_grad") for t in FLOATS.values()}
+    } | {
+        f"{k}_{t}"
+        for k in ("qmm_sorted", "quantize", "decode", "affine_grad")
+        for t in FLOATS.values()
+    }
     covered -= {f"{k}_float_partial" for k in ("qmm", "qvm", "qmm_n")}
     assert set(library.kernels()) == covered
 
@@ -129,9 +135,7 @@ def test_affine_grad_sums_what_the_cpu_sums(dtype, transpose, group_size):
     exact = ops.affine_grad(
         grad.double(), x.double(), packed.cpu(), None, None, group_size, transpose
     )
-    ours = ops.affine_grad(
-        grad.to("mps"), x.to("mps"), packed, None, None, group_size, transpose
-    )
+    ours = ops.affine_grad(grad.to("mps"), x.to("mps"), packed, None, None, group_size, transpose)
     for a, b in zip(ours, exact, strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a.cpu().double(), b, rtol=2e-6, atol=2e-5)
@@ -269,10 +273,16 @@ def test_flushed_subnormals_change_no_bit_of_quantize():
     """Apple GPUs may flush subnormal floats; the kernel compares them as integers."""
     import numpy as np
 
-    library = emulator.Library(sorted(emulator.toolchain.SHADERS.glob("*.metal")), [emulator.toolchain.SHADERS])
+    library = emulator.Library(
+        sorted(emulator.toolchain.SHADERS.glob("*.metal")), [emulator.toolchain.SHADERS]
+    )
     w = np.array([1e-40, -2e-41, 3e-39, 1e-45] * 32, np.float32)
     w[64:] *= 0.5
-    packed, scales, biases = np.zeros(4, np.uint32), np.zeros(4, np.float32), np.zeros(4, np.float32)
+    packed, scales, biases = (
+        np.zeros(4, np.uint32),
+        np.zeros(4, np.float32),
+        np.zeros(4, np.float32),
+    )
     params = np.array([4, 1], np.uint32)
     library.run(
         "quantize_float", {0: w, 4: params}, {1: packed, 2: scales, 3: biases}, (1,), (256,),
@@ -291,7 +301,9 @@ def test_selftest_passes_and_its_rows_are_every_kernel():
     rows = list(selftest.rows("mps", measure=False))
     assert [str(row) for row in rows if not row.passed] == []
     ran = set(kernels_of(log()))
-    library = emulator.Library(sorted(emulator.toolchain.SHADERS.glob("*.metal")), [emulator.toolchain.SHADERS])
+    library = emulator.Library(
+        sorted(emulator.toolchain.SHADERS.glob("*.metal")), [emulator.toolchain.SHADERS]
+    )
     assert set(library.kernels()) == ran
 
 

@@ -1,5 +1,5 @@
-// device="mps" on Linux: tensors whose storage is a fake MTLBuffer. The operators of torch_onebit run
-// as on a Mac; every other operator runs on the CPU, on the same memory.
+// device="mps" on Linux: tensors whose storage is a fake MTLBuffer. The operators of torch_onebit
+// run as on a Mac; every other operator runs on the CPU, on the same memory.
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/MPSHooksInterface.h>
@@ -32,8 +32,10 @@ struct Guard : c10::impl::DeviceGuardImplInterface {
   }
   c10::Stream exchangeStream(c10::Stream) const override { return getStream(device_); }
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
-  void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag)
-      const override {}
+  void record(void**,
+              const c10::Stream&,
+              const c10::DeviceIndex,
+              const c10::EventFlag) const override {}
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
   bool queryStream(const c10::Stream&) const override { return true; }
@@ -199,7 +201,9 @@ Tensor reshape_alias(const Tensor& self, at::IntArrayRef size, at::IntArrayRef s
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(_, MPS, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>()); }
+TORCH_LIBRARY_IMPL(_, MPS, m) {
+  m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+}
 
 TORCH_LIBRARY_IMPL(aten, MPS, m) {
   m.impl("empty.memory_format", &empty);

@@ -353,8 +353,13 @@ void mark_initialised(void* buffer) { static_cast<FakeBuffer*>(buffer)->initiali
   for (int i = 0; i < 31; i++) {
     if (lengths_[i]) d.buffers[i] = {bytes_[i], lengths_[i], 1, 1, 0, 0, 0};
     if (const FakeBuffer* b = buffers_[i]) {
-      d.buffers[i] = {b->contents_ + offsets_[i], b->length_ - offsets_[i], 0, b->initialised_,
-                      offsets_[i],                0,                        0};
+      d.buffers[i] = {b->contents_ + offsets_[i],
+                      b->length_ - offsets_[i],
+                      0,
+                      b->initialised_,
+                      offsets_[i],
+                      0,
+                      0};
     }
   }
   const char* schedule = getenv("ONEBIT_FAKE_SCHEDULE");
