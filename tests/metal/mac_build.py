@@ -27,7 +27,7 @@ COMPILER_RUNTIME = {"___isPlatformVersionAtLeast", "___isOSVersionAtLeast"}
 def compiler(torch: MacTorch) -> list[str]:
     include, apple = torch.include, host_build.HEADERS / "apple"
     return [
-        *(toolchain.zig(), "c++", "-target", "aarch64-macos.14.0", torch.standard, "-O1", "-fPIC"),
+        *(toolchain.zig(), "c++", "-target", "aarch64-macos.14.0", torch.standard, "-O0", "-fPIC"),
         *(
             "-fobjc-arc",
             "-Xclang",
@@ -38,14 +38,15 @@ def compiler(torch: MacTorch) -> list[str]:
         *("-Werror=objc-method-access", "-Werror=incompatible-pointer-types"),
         *("-Werror=deprecated-declarations", "-Werror=return-type"),
         *("-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")),
-        *("-isystem", str(apple), f"-I{host_build.write_shader_source().parent}"),
+        *("-isystem", str(apple)),
     ]
 
 
 def object_of(source: Path, torch: MacTorch) -> Path:
     headers = [*host_build.inputs_of(source), *CSRC.glob("cpu/*.h")]
     version = (torch.folder / "version.txt").read_text()
-    command = [*compiler(torch), f"-DTORCH={version}", f"-I{source.parent}", f"-I{CSRC / 'mps'}"]
+    command = [*compiler(torch), f"-DTORCH={version}", f"-I{source.parent}"]
+    command += host_build.include_of(source)
     return toolchain.object_file(source, command, headers)
 
 

@@ -40,7 +40,8 @@ class MacTorch:
 
 def fetch(version: str) -> MacTorch:
     """From the cache, or downloaded into it and unpacked without the libraries."""
-    folder = toolchain.cache_directory() / f"mac-torch-{version or 'newest'}"
+    key = toolchain.digest(version, *LIBRARIES)[:8]
+    folder = toolchain.cache_directory() / f"mac-torch-{version or 'newest'}-{key}"
     if not (folder / "version.txt").exists():
         with tempfile.TemporaryDirectory(dir=toolchain.cache_directory()) as scratch:
             _unpack(_download(version, Path(scratch)), folder)

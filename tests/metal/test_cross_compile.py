@@ -3,6 +3,7 @@
 import os
 import subprocess
 
+import host_build
 import mac_build
 import mac_torch
 import pytest
@@ -71,12 +72,12 @@ MUTANTS = {
 }
 
 
-def compile_mutant(text, folder, torch, *, arc=True):
+def compile_mutant(text, folder, torch, *, arc=True, output=("-fsyntax-only",)):
     source = folder / "encoder.mm"
     source.write_text(text)
     command = [c for c in mac_build.compiler(torch) if arc or c != "-fobjc-arc"]
     target = folder / "encoder.o"
-    command += [f"-I{MPS}", "-c", str(source), "-o", str(target)]
+    command += [*host_build.include_of(source), *output, str(source), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     return done, target
 
@@ -105,7 +106,7 @@ def test_a_symbol_the_wheel_does_not_export_is_found(tmp_path):
         "namespace onebit::mps {\nnamespace {",
         "namespace at::mps { void removed(); }\nnamespace onebit::mps {\nnamespace {",
     ).replace("Gpu current_gpu() {", "Gpu current_gpu() {\n  at::mps::removed();")
-    done, target = compile_mutant(text, tmp_path, torch)
+    done, target = compile_mutant(text, tmp_path, torch, output=("-c",))
     assert done.returncode == 0, done.stderr
     objects = [o for o in mac_build.objects_of(SOURCES, torch) if "encoder" not in o.name]
     assert mac_build.unresolved([target, *objects], torch) == ["__ZN2at3mps7removedEv"]
