@@ -5,13 +5,18 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCES := $(shell find csrc metal -type f) setup.py pyproject.toml
 
-.PHONY: demo test build check format clean
+.PHONY: demo test check-mps build check format clean
 
 demo: build
 	$(BIN)/python examples/demo.py
 
 test: build
 	$(BIN)/python -m pytest
+
+# The Metal backend alone: emulated kernels, shader rules, the macOS build, and the suite on mps.
+check-mps: build
+	$(BIN)/python -m pytest tests/metal
+	$(BIN)/python -m pytest tests -m mps
 
 build: $(VENV)/.built
 
