@@ -28,6 +28,7 @@ def compiler(torch: MacTorch) -> list[str]:
     include, apple = torch.include, host_build.HEADERS / "apple"
     return [
         *(toolchain.zig(), "c++", "-target", "aarch64-macos.14.0", torch.standard, "-O0", "-fPIC"),
+        "-fno-sanitize=all",  # which zig adds to what is not optimized
         *(
             "-fobjc-arc",
             "-Xclang",
