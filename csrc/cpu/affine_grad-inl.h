@@ -41,10 +41,9 @@ void add_grad(const AffineGrad& a,
       auto scale = L::load(scales + lane), bias = L::load(biases + lane);
       ONEBIT_UNROLL
       for (int i = 0; i < kM; ++i) {
-        const auto grad =
-            lane < rows ? L::load_as(a.by_row.data, a.by_row.dtype,
-                                     a.by_row.offset(m + i, row + lane), rows - lane)
-                        : L::zero();
+        const auto grad = lane < rows ? L::load_as(a.by_row.data, a.by_row.dtype,
+                                                   a.by_row.offset(m + i, row + lane), rows - lane)
+                                      : L::zero();
         scale = L::fma(grad, acc[i][r], scale);
         bias = L::fma(grad, L::set(sums[i]), bias);
       }

@@ -32,8 +32,8 @@ struct QmmArgs {
   DType dtype;    // of x and y; sums are float (double for kDouble)
   int64_t m, n, k;
   Weights w;
-  // Row i of the product is row x_rows[i] of x and y_rows[i] of y; null: row i. Lets gather_qmm give
-  // all rows of one expert in one call without copying them.
+  // Row i of the product is row x_rows[i] of x and y_rows[i] of y; null: row i. Lets gather_qmm
+  // give all rows of one expert in one call without copying them.
   const int64_t* x_rows = nullptr;
   const int64_t* y_rows = nullptr;
 };

@@ -76,8 +76,9 @@ ONEBIT_INLINE float sum_of(const float* x) {
   return L::sum(sum);
 }
 
-// Scales and biases of rows [row, row + rows), groups [group, group + groups), as floats [group][row]
-// with `ld` rows between groups; rows up to the next multiple of the lanes are filled with copies.
+// Scales and biases of rows [row, row + rows), groups [group, group + groups), as floats
+// [group][row] with `ld` rows between groups; rows up to the next multiple of the lanes are filled
+// with copies.
 template <class L, DType kType>
 void pack_levels_as(const Weights& w,
                     int64_t row,
@@ -141,8 +142,7 @@ ONEBIT_INLINE void build_tables(
     const Activations& x, int64_t m, int64_t column, float* table, float (&sums)[kM]) {
   alignas(64) float buffer[32 * kWords];
   for (int i = 0; i < kM; ++i) {
-    const float* v =
-        as_floats<L>(x.data, x.dtype, x.offset(m + i, column), 32 * kWords, buffer);
+    const float* v = as_floats<L>(x.data, x.dtype, x.offset(m + i, column), 32 * kWords, buffer);
     L::template build<kM, kWords>(v, i, table);
     sums[i] = sum_of<L, 32 * kWords>(v);
   }
@@ -210,12 +210,13 @@ class Prefetch {
   const char *next_, *end_;
 };
 
-// One row of x: the tables of all of k are built first (26 bytes per value), then the weights stream
-// by once, a tile of rows at a time, while the next tile's memory is prefetched.
+// One row of x: the tables of all of k are built first (26 bytes per value), then the weights
+// stream by once, a tile of rows at a time, while the next tile's memory is prefetched.
 template <class L, int kWords>
 void qmm_t_stream(const QmmArgs& a, const Block& block) {
   constexpr int kGroup = kWords * kWordBits, kChunk = 1024, kGroups = kChunk / kGroup;
-  constexpr int kStep = 512 / kGroup;  // groups whose words are packed at a time: a line of each row
+  constexpr int kStep =
+      512 / kGroup;  // groups whose words are packed at a time: a line of each row
   constexpr int kIndex = L::index_size(kWords), kTable = L::table_size(kWords);
   const int64_t groups = a.k / kGroup, words = a.k / kWordBits;
   Arena arena(groups * (kTable + 1) * 4 + kStep * kIndex * 4 + kGroups * 2 * L::kRows * 4 +
@@ -227,7 +228,8 @@ void qmm_t_stream(const QmmArgs& a, const Block& block) {
   auto* biases = arena.take<float>(kGroups * L::kRows);
   auto* acc = arena.take<float>(L::kRows);
   for (int64_t g = 0; g < groups; ++g) {
-    build_tables<L, 1, kWords>(activations(a), block.m_begin, g * kGroup, tables + g * kTable, sums[g]);
+    build_tables<L, 1, kWords>(activations(a), block.m_begin, g * kGroup, tables + g * kTable,
+                               sums[g]);
   }
   const int64_t row_bytes = words * 4, level_bytes = groups * element_size(a.w.dtype);
   const auto row = [](const void* p, int64_t offset) -> const void* {
@@ -281,7 +283,7 @@ void add_chunk(const QmmArgs& a,
   }
 }
 
-constexpr int64_t kPanelRows = 1024;   // outputs that share a table
+constexpr int64_t kPanelRows = 1024;  // outputs that share a table
 constexpr int64_t kChunkColumns = 1024;
 constexpr int64_t kBlockM = 64;  // rows of x that share packed weights
 

@@ -10,9 +10,7 @@
 namespace onebit::cpu {
 namespace {
 
-ONEBIT_INLINE bool is_empty(const Block& b) {
-  return b.m_begin == b.m_end || b.n_begin == b.n_end;
-}
+ONEBIT_INLINE bool is_empty(const Block& b) { return b.m_begin == b.m_end || b.n_begin == b.n_end; }
 
 // f(Int<words>) for the words in a group.
 template <class F>
@@ -78,9 +76,15 @@ struct Table {
   }
 
   static constexpr Kernels make(const char* name, bool (*supported)()) {
-    return {name,          supported,     S::Panel::kMaxM,
-            S::kTile,      qmm_t,         qmm_n,
-            affine_grad_t, affine_grad_n, quantize<typename S::Panel>,
+    return {name,
+            supported,
+            S::Panel::kMaxM,
+            S::kTile,
+            qmm_t,
+            qmm_n,
+            affine_grad_t,
+            affine_grad_n,
+            quantize<typename S::Panel>,
             dequantize<typename S::Panel>};
   }
 };
