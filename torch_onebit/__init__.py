@@ -7,6 +7,9 @@ from torch_onebit._load import load
 load()
 
 from torch_onebit import vmap  # noqa: E402
+from torch_onebit.calibration.model import calibrate_  # noqa: E402
+from torch_onebit.calibration.solver import Options as CalibrationOptions  # noqa: E402
+from torch_onebit.methods import METHODS, quantize_weight  # noqa: E402
 from torch_onebit.model import QuantizeReport, dequantize_, quantize_  # noqa: E402
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear  # noqa: E402
 from torch_onebit.ops import (  # noqa: E402
@@ -17,6 +20,14 @@ from torch_onebit.ops import (  # noqa: E402
     qmm,
     quantize,
 )
+from torch_onebit.qat import QATEmbedding, QATLinear, convert_, prepare_qat_  # noqa: E402
+from torch_onebit.training import (  # noqa: E402
+    AveragedModel,
+    Distillation,
+    LoRALinear,
+    add_lora_,
+    thaw_levels_,
+)
 
 vmap.register()
 
@@ -26,15 +37,28 @@ except PackageNotFoundError:  # run from the source tree
     __version__ = "0.1.0"
 
 __all__ = [
+    "METHODS",
+    "AveragedModel",
+    "CalibrationOptions",
+    "Distillation",
+    "LoRALinear",
     "OneBitEmbedding",
     "OneBitLinear",
+    "QATEmbedding",
+    "QATLinear",
     "QuantizeReport",
+    "add_lora_",
     "affine_grad",
+    "calibrate_",
+    "convert_",
     "dequantize",
     "dequantize_",
     "embedding",
     "gather_qmm",
+    "prepare_qat_",
     "qmm",
     "quantize",
     "quantize_",
+    "quantize_weight",
+    "thaw_levels_",
 ]

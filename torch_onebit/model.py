@@ -19,6 +19,7 @@ def quantize_(
     *,
     group_size: int = 128,
     symmetric: bool = False,
+    method: str = "optimal",
     filter_fn: FilterFn | None = None,
     progress: bool = True,
 ) -> nn.Module:
@@ -33,9 +34,11 @@ def quantize_(
         model: the model; not itself one of the two layers.
         group_size: weights that share a scale: 32, 64 or 128.
         symmetric: store no biases; weights are ``±scales / 2``.
+        method: "optimal" for real-valued weights; "minmax" gives MLX's bits and ruins weights that
+            are not already binary; also "sign" and "mean". ``calibrate_`` does better than all.
         filter_fn: ``filter_fn(module, name)`` is false to leave the layer, true to swap it, or a
-            dict of ``group_size`` and ``symmetric`` for this layer. All layers are swapped without
-            it.
+            dict of ``group_size``, ``symmetric`` and ``method`` for this layer. All layers are
+            swapped without it.
         progress: show a progress bar when it takes more than a moment.
     Returns:
         model.
@@ -48,7 +51,7 @@ def quantize_(
             f"model must contain the layers to swap, got {type(model).__name__} itself: "
             f"use {_CONVERTERS[type(model)].__qualname__}"
         )
-    defaults = {"group_size": group_size, "symmetric": symmetric}
+    defaults = {"group_size": group_size, "symmetric": symmetric, "method": method}
     report = QuantizeReport()
     chosen = list(_choose(model, defaults, filter_fn, report))  # all decided before any is swapped
     swapped: dict[int, OneBitModule] = {}  # by identity of the layer: one may have several names

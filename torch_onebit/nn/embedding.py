@@ -75,13 +75,21 @@ class OneBitEmbedding(OneBitModule):
 
     @classmethod
     def from_embedding(
-        cls, embedding: nn.Embedding, *, group_size: int = 128, symmetric: bool = False
+        cls,
+        embedding: nn.Embedding,
+        *,
+        group_size: int = 128,
+        symmetric: bool = False,
+        method: str = "optimal",
     ) -> "OneBitEmbedding":
         """Quantize an ``nn.Embedding``.
 
+        Args:
+            method: as in ``quantize_weight``, without "calibrated": rows have no inputs.
         Raises:
-            ValueError: a group size or ``embedding_dim`` that the format does not allow, or an
-                embedding with ``max_norm``, which rewrites rows as they are looked up.
+            ValueError: a group size or ``embedding_dim`` that the format does not allow, a method
+                that does not exist, or an embedding with ``max_norm``, which rewrites rows as they
+                are looked up.
         """
         if embedding.max_norm is not None:
             raise ValueError(f"embedding must have no max_norm, got {embedding.max_norm}")
@@ -93,7 +101,7 @@ class OneBitEmbedding(OneBitModule):
             symmetric=symmetric,
             device="meta",
         )
-        layer._quantize(embedding.weight)
+        layer._quantize(embedding.weight, method)
         return layer.train(embedding.training)
 
     def to_embedding(self) -> nn.Embedding:

@@ -67,12 +67,23 @@ class OneBitLinear(OneBitModule):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, *, group_size: int = 128, symmetric: bool = False
+        cls,
+        linear: nn.Linear,
+        *,
+        group_size: int = 128,
+        symmetric: bool = False,
+        method: str = "optimal",
+        importance: Tensor | None = None,
+        moments: Tensor | None = None,
     ) -> "OneBitLinear":
         """Quantize an ``nn.Linear``; its ``bias`` parameter is taken over, not copied.
 
+        Args:
+            method, importance, moments: as in ``quantize_weight``. "minmax" gives MLX's bits, for
+                weights that are already binary; "calibrated" needs moments.
         Raises:
-            ValueError: a group size or an ``in_features`` that the format does not allow.
+            ValueError: a group size or an ``in_features`` that the format does not allow, or a
+                method that does not exist or lacks what it needs.
         """
         layer = cls(
             linear.in_features,
@@ -82,7 +93,7 @@ class OneBitLinear(OneBitModule):
             symmetric=symmetric,
             device="meta",
         )
-        layer._quantize(linear.weight)
+        layer._quantize(linear.weight, method, importance=importance, moments=moments)
         layer.bias = linear.bias
         return layer.train(linear.training)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_onebit import ops
-from torch_onebit.packing import GROUP_SIZES, WORD_BITS, pack_bits
+from torch_onebit.methods import quantize_weight
+from torch_onebit.packing import GROUP_SIZES, WORD_BITS
 
 
 class _Tie:
@@ -90,15 +91,11 @@ class OneBitModule(nn.Module):
             if self.biases is not None:
                 self.biases.fill_(-std)
 
-    @torch.no_grad()
-    def _quantize(self, w: Tensor) -> None:
-        """Take the weights of w ``[rows, columns]``: min/max levels, or ±mean|w| when symmetric."""
-        if self.symmetric:
-            groups = w.unflatten(-1, (-1, self.group_size)).float()
-            scales = (2 * groups.abs().mean(-1)).to(w.dtype)
-            self._set_weight(pack_bits(w > 0), scales, None)
-        else:
-            self._set_weight(*ops.quantize(w, self.group_size))
+    def _quantize(self, w: Tensor, method: str, **given: Tensor | None) -> None:
+        """Take the weights of w ``[rows, columns]``; given is importance or moments."""
+        self._set_weight(
+            *quantize_weight(w, method, self.group_size, symmetric=self.symmetric, **given)
+        )
 
     def _set_weight(self, packed: Tensor, scales: Tensor, biases: Tensor | None) -> None:
         self.weight = packed

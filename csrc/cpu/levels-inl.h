@@ -1,0 +1,350 @@
+// Body of the level kernels, included once per instruction set inside its target region, after a
+// constant kVectorBytes. No std:: function may be called here: the linker could keep this file's
+// copy, compiled for an instruction set that not every machine has.
+
+#include "best_cut-inl.h"
+
+// Storage <-> arithmetic
+// -----------------------------------------------------------------------------
+
+template <class Real>
+void load(const void* data, DType dtype, int64_t offset, int count, Real* out) {
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* from = static_cast<const T*>(data) + offset;
+    for (int i = 0; i < count; ++i) out[i] = static_cast<Real>(to_float(from[i]));
+  });
+}
+
+template <class Real>
+void store(const Real* values, int count, void* data, DType dtype, int64_t offset) {
+  with_type(dtype, [&](auto* type) {
+    auto* to = static_cast<decltype(type)>(data) + offset;
+    for (int i = 0; i < count; ++i) {
+      if constexpr (sizeof(*to) == sizeof(double)) {
+        to[i] = values[i];
+      } else {
+        from_float(static_cast<float>(values[i]), to[i]);
+      }
+    }
+  });
+}
+
+// Sums
+// -----------------------------------------------------------------------------------------------
+
+// term(0) + ... + term(size - 1) in kLanes partial sums, the same order on every instruction set.
+// A term multiplies by a comparison instead of choosing by it: GCC 12 miscompiles
+// `lanes[l] += a[i] > b ? c[i] : 0` for AVX2 at -O3 (it adds some lanes twice or never).
+template <class Real, class Term>
+inline Real sum(int size, Term term) {
+  Real lanes[kLanes] = {};
+  for (int i = 0; i < size; i += kLanes) {
+    for (int l = 0; l < kLanes; ++l) lanes[l] += term(i + l);
+  }
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+  }
+  return lanes[0];
+}
+
+template <class Real>
+inline Real magnitude(Real v) {
+  return v < 0 ? -v : v;
+}
+
+// Levels of kLanes groups
+// ----------------------------------------------------------------------------
+
+template <class Real>
+struct Levels {
+  Real origin, threshold, low, high;
+
+  bool bit(Real v) const { return v - origin > threshold; }
+};
+
+template <class Real>
+struct Tile {
+  int size, count;  // values per group, groups in use
+  alignas(64) Real values[kLanes][kMaxGroup];
+  alignas(64) Real importance[kLanes][kMaxGroup];
+  Levels<Real> levels[kLanes];
+};
+
+template <class Real>
+Levels<Real> minmax_levels(const Real* v, int size) {
+  Real low = v[0], high = v[0];
+  for (int i = 1; i < size; ++i) {
+    low = v[i] < low ? v[i] : low;
+    high = v[i] > high ? v[i] : high;
+  }
+  return {low, (high - low) * Real(0.5), low, high};
+}
+
+template <class Real>
+Levels<Real> sign_levels(const Real* v, const Real* importance, int size) {
+  const Real mass = sum<Real>(size, [&](int i) { return importance[i]; });
+  const Real total = sum<Real>(size, [&](int i) { return importance[i] * magnitude(v[i]); });
+  return {0, 0, -total / mass, total / mass};
+}
+
+template <class Real>
+Levels<Real> mean_levels(const Real* v, int size) {
+  const Real mean = sum<Real>(size, [&](int i) { return v[i]; }) / size;
+  const Real deviation = sum<Real>(size, [&](int i) { return magnitude(v[i] - mean); }) / size;
+  return {mean, 0, mean - deviation, mean + deviation};
+}
+
+// The weighted means on both sides of the threshold; a side without importance takes the other's.
+// Taken from the lowest and the highest value on, so that a side of equal values keeps them
+// exactly: weights that are already binary lose nothing.
+template <class Real>
+Levels<Real> cut_levels(const Real* v, const Real* importance, int size, Real threshold) {
+  Real lowest = v[0], highest = v[0];
+  for (int i = 1; i < size; ++i) {
+    lowest = v[i] < lowest ? v[i] : lowest;
+    highest = v[i] > highest ? v[i] : highest;
+  }
+  const auto high = [&](int i) { return importance[i] * Real(v[i] > threshold); };
+  const auto low = [&](int i) { return importance[i] * Real(v[i] <= threshold); };
+  const Real high_mass = sum<Real>(size, high);
+  const Real low_mass = sum<Real>(size, low);
+  const Real above = sum<Real>(size, [&](int i) { return low(i) * (v[i] - lowest); });
+  const Real below = sum<Real>(size, [&](int i) { return high(i) * (highest - v[i]); });
+  const Real low_level = lowest + above / low_mass, high_level = highest - below / high_mass;
+  return {0, threshold, low_mass > 0 ? low_level : high_level,
+          high_mass > 0 ? high_level : low_level};
+}
+
+template <class Real>
+void optimal_levels(Tile<Real>& tile, bool weighted) {
+  Lanes<Real> lanes, weights;
+  alignas(64) Real thresholds[kLanes];
+  for (int l = 0; l < kLanes; ++l) {
+    for (int i = 0; i < tile.size; ++i) lanes.values[i][l] = tile.values[l][i];
+  }
+  if (weighted) {
+    for (int l = 0; l < kLanes; ++l) {
+      for (int i = 0; i < tile.size; ++i) weights.values[i][l] = tile.importance[l][i];
+    }
+    best_cuts(lanes, weights, tile.size, thresholds);
+  } else {
+    best_cuts(lanes, tile.size, thresholds);
+  }
+  for (int l = 0; l < tile.count; ++l) {
+    tile.levels[l] = cut_levels(tile.values[l], tile.importance[l], tile.size, thresholds[l]);
+  }
+}
+
+// Loads groups [begin, begin + count) and chooses their levels.
+template <class Real>
+void load_tile(const LevelsArgs& args, int64_t begin, int count, Tile<Real>& tile) {
+  const int size = args.group_size;
+  tile.size = size;
+  tile.count = count;
+  for (int l = 0; l < kLanes; ++l) {
+    Real* importance = tile.importance[l];
+    for (int i = 0; i < size; ++i) importance[i] = 1;
+    if (l >= count) {
+      for (int i = 0; i < size; ++i) tile.values[l][i] = 0;
+      continue;
+    }
+    load(args.w, args.dtype, (begin + l) * size, size, tile.values[l]);
+    if (!args.importance) continue;
+    const float* from = args.importance + (begin + l) % args.period * size;
+    Real mass = 0;
+    for (int i = 0; i < size; ++i) mass += from[i];
+    if (mass > 0) {  // a group that matters to nobody is cut as if all its values mattered
+      for (int i = 0; i < size; ++i) importance[i] = from[i];
+    }
+  }
+  if (args.rule == Rule::kOptimal) return optimal_levels(tile, args.importance != nullptr);
+  for (int l = 0; l < count; ++l) {
+    const Real* v = tile.values[l];
+    tile.levels[l] = args.rule == Rule::kMinMax ? minmax_levels(v, size)
+                     : args.rule == Rule::kSign ? sign_levels(v, tile.importance[l], size)
+                                                : mean_levels(v, size);
+  }
+}
+
+// Calls visit(tile, first group) for every tile of groups [begin, end).
+template <class Real, class Visit>
+void for_each_tile(const LevelsArgs& args, int64_t begin, int64_t end, Visit visit) {
+  Tile<Real> tile;
+  for (int64_t group = begin; group < end; group += kLanes) {
+    const int count = end - group < kLanes ? int(end - group) : kLanes;
+    load_tile(args, group, count, tile);
+    visit(tile, group);
+  }
+}
+
+// The functions of the table
+// -------------------------------------------------------------------------
+
+template <class Real>
+void quantize_as(const LevelsArgs& args, const QuantizeLevelsOut& out, int64_t begin, int64_t end) {
+  for_each_tile<Real>(args, begin, end, [&](const Tile<Real>& tile, int64_t group) {
+    for (int l = 0; l < tile.count; ++l) {
+      const Levels<Real> levels = tile.levels[l];
+      uint32_t* words = out.packed + (group + l) * (tile.size / kWordBits);
+      for (int i = 0; i < tile.size; i += kWordBits) {
+        uint32_t word = 0;
+        for (int j = 0; j < kWordBits; ++j) {
+          word |= uint32_t(levels.bit(tile.values[l][i + j])) << j;
+        }
+        words[i / kWordBits] = word;
+      }
+      const Real scale = levels.high - levels.low;
+      store(&scale, 1, out.scales, args.dtype, group + l);
+      store(&levels.low, 1, out.biases, args.dtype, group + l);
+    }
+  });
+}
+
+template <class Real>
+void fake_quantize_as(
+    const LevelsArgs& args, void* out, DType out_dtype, int64_t begin, int64_t end) {
+  for_each_tile<Real>(args, begin, end, [&](const Tile<Real>& tile, int64_t group) {
+    Real result[kMaxGroup];
+    for (int l = 0; l < tile.count; ++l) {
+      const Levels<Real> levels = tile.levels[l];
+      for (int i = 0; i < tile.size; ++i) {
+        result[i] = levels.bit(tile.values[l][i]) ? levels.high : levels.low;
+      }
+      store(result, tile.size, out, out_dtype, (group + l) * tile.size);
+    }
+  });
+}
+
+template <class Real>
+inline Real sign_of(Real v) {
+  return Real(v > 0) - Real(v < 0);
+}
+
+// Adds to grad [size] what flows through the levels of one group.
+template <class Real>
+void add_level_gradient(
+    Rule rule, const Levels<Real>& levels, const Real* v, int size, Real* grad) {
+  const Real total = sum<Real>(size, [&](int i) { return grad[i]; });
+  const Real high = sum<Real>(size, [&](int i) { return Real(levels.bit(v[i])) * grad[i]; });
+  const Real low = total - high;
+  const Real n = Real(size);
+  switch (rule) {
+    case Rule::kMinMax: {
+      int lowest = 0, highest = 0;
+      for (int i = 1; i < size; ++i) {
+        lowest = v[i] < v[lowest] ? i : lowest;
+        highest = v[i] > v[highest] ? i : highest;
+      }
+      grad[lowest] += low;
+      grad[highest] += high;
+      return;
+    }
+    case Rule::kSign: {
+      const Real slope = (high - low) / n;
+      for (int i = 0; i < size; ++i) grad[i] += slope * sign_of(v[i]);
+      return;
+    }
+    case Rule::kMean: {
+      const Real mean = levels.origin, slope = (high - low) / n;
+      const Real balance = sum<Real>(size, [&](int i) { return sign_of(v[i] - mean); }) / n;
+      const Real shift = total / n - slope * balance;
+      for (int i = 0; i < size; ++i) grad[i] += shift + slope * sign_of(v[i] - mean);
+      return;
+    }
+    case Rule::kOptimal: {
+      const Real above = sum<Real>(size, [&](int i) { return Real(levels.bit(v[i])); });
+      const Real to_high = above > 0 ? high / above : 0;
+      const Real to_low = above < n ? low / (n - above) : 0;
+      for (int i = 0; i < size; ++i) grad[i] += levels.bit(v[i]) ? to_high : to_low;
+      return;
+    }
+  }
+}
+
+template <class Real>
+void fake_quantize_backward_as(const LevelsArgs& args,
+                               const void* grad,
+                               DType grad_dtype,
+                               void* grad_w,
+                               int64_t begin,
+                               int64_t end) {
+  for_each_tile<Real>(args, begin, end, [&](const Tile<Real>& tile, int64_t group) {
+    Real result[kMaxGroup];
+    for (int l = 0; l < tile.count; ++l) {
+      const int64_t offset = (group + l) * tile.size;
+      load(grad, grad_dtype, offset, tile.size, result);
+      add_level_gradient(args.rule, tile.levels[l], tile.values[l], tile.size, result);
+      store(result, tile.size, grad_w, args.dtype, offset);
+    }
+  });
+}
+
+template <class Real>
+Levels<Real> affine_levels(const AffineArgs& args, int64_t group) {
+  Real scale, bias;
+  load(args.scales, args.level_dtype, group, 1, &scale);
+  load(args.biases, args.level_dtype, group, 1, &bias);
+  // A negative scale swaps the levels: the bit still picks the nearer one.
+  return {bias, scale * Real(0.5), bias, bias + scale};
+}
+
+template <class Real>
+inline bool affine_bit(const Levels<Real>& levels, Real v) {
+  return levels.threshold >= 0 ? v - levels.origin > levels.threshold
+                               : v - levels.origin < levels.threshold;
+}
+
+template <class Real>
+void fake_quantize_affine_as(
+    const AffineArgs& args, void* out, DType out_dtype, int64_t begin, int64_t end) {
+  Real v[kMaxGroup];
+  for (int64_t group = begin; group < end; ++group) {
+    const Levels<Real> levels = affine_levels<Real>(args, group);
+    load(args.w, args.dtype, group * args.group_size, args.group_size, v);
+    for (int i = 0; i < args.group_size; ++i) {
+      v[i] = affine_bit(levels, v[i]) ? levels.high : levels.low;
+    }
+    store(v, args.group_size, out, out_dtype, group * args.group_size);
+  }
+}
+
+template <class Real>
+void fake_quantize_affine_backward_as(const AffineArgs& args,
+                                      const void* grad,
+                                      DType grad_dtype,
+                                      void* grad_scales,
+                                      void* grad_biases,
+                                      int64_t begin,
+                                      int64_t end) {
+  Real v[kMaxGroup], g[kMaxGroup];
+  const int size = args.group_size;
+  for (int64_t group = begin; group < end; ++group) {
+    const Levels<Real> levels = affine_levels<Real>(args, group);
+    load(args.w, args.dtype, group * size, size, v);
+    load(grad, grad_dtype, group * size, size, g);
+    const Real bias = sum<Real>(size, [&](int i) { return g[i]; });
+    const Real scale =
+        sum<Real>(size, [&](int i) { return Real(affine_bit(levels, v[i])) * g[i]; });
+    store(&scale, 1, grad_scales, args.level_dtype, group);
+    store(&bias, 1, grad_biases, args.level_dtype, group);
+  }
+}
+
+// float64 computes in float64, everything else in float32.
+#define ONEBIT_BY_DTYPE(function)                                         \
+  [](const auto& args, auto... rest) {                                    \
+    return args.dtype == DType::kDouble ? function<double>(args, rest...) \
+                                        : function<float>(args, rest...); \
+  }
+
+constexpr LevelKernels make_level_kernels(const char* name) {
+  return {name,
+          ONEBIT_BY_DTYPE(quantize_as),
+          ONEBIT_BY_DTYPE(fake_quantize_as),
+          ONEBIT_BY_DTYPE(fake_quantize_backward_as),
+          ONEBIT_BY_DTYPE(fake_quantize_affine_as),
+          ONEBIT_BY_DTYPE(fake_quantize_affine_backward_as)};
+}
+
+#undef ONEBIT_BY_DTYPE

@@ -1,0 +1,78 @@
+// Choosing two levels for a group of real-valued weights, and training through that choice.
+// A second kernel table beside kernels.h, torch-free for the same reasons.
+//
+//   bit(v)   = (v - origin) > threshold
+//   w_hat(v) = bit(v) ? high : low                     scale = high - low, bias = low
+//
+//   rule      origin  threshold     low, high
+//   minmax    min     (max-min)/2   min, max
+//   sign      0       0             -+ mean|v|
+//   mean      mean    0             mean -+ mean|v - mean|
+//   optimal   0       best cut      means of the values below and above: the least squared error
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace onebit::cpu {
+
+enum class Rule : uint8_t { kMinMax, kSign, kMean, kOptimal };
+
+// Tensors are contiguous, seen as [groups, group_size]; importance is null or [period, group_size]
+// and repeats every `period` groups.
+struct LevelsArgs {
+  const void* w;
+  DType dtype;  // of w, scales and biases
+  Rule rule;
+  int group_size;
+  const float* importance;
+  int64_t period;
+};
+
+struct QuantizeLevelsOut {
+  uint32_t* packed;  // [groups, group_size / 32]
+  void* scales;      // [groups]
+  void* biases;      // [groups]
+};
+
+// Scale and bias are free parameters: w_hat = scale * bit + bias, bit = (w - bias) > scale / 2.
+struct AffineArgs {
+  const void* w;       // [groups, group_size]
+  DType dtype;         // of w
+  const void* scales;  // [groups]
+  const void* biases;  // [groups]
+  DType level_dtype;   // of scales, biases and their gradients
+  int group_size;
+};
+
+// Functions work on groups [begin, end) on the calling thread; a group's result depends on nothing
+// else.
+struct LevelKernels {
+  const char* name;
+
+  void (*quantize)(const LevelsArgs&, const QuantizeLevelsOut&, int64_t begin, int64_t end);
+  // out [groups, group_size] in out_dtype.
+  void (*fake_quantize)(const LevelsArgs&, void* out, DType out_dtype, int64_t begin, int64_t end);
+  // grad_w = grad + (d levels / d w)^T grad: straight through for the bit, exact for the levels.
+  void (*fake_quantize_backward)(const LevelsArgs&,
+                                 const void* grad,
+                                 DType grad_dtype,
+                                 void* grad_w,  // in args.dtype
+                                 int64_t begin,
+                                 int64_t end);
+  void (*fake_quantize_affine)(
+      const AffineArgs&, void* out, DType out_dtype, int64_t begin, int64_t end);
+  void (*fake_quantize_affine_backward)(const AffineArgs&,
+                                        const void* grad,
+                                        DType grad_dtype,
+                                        void* grad_scales,
+                                        void* grad_biases,
+                                        int64_t begin,
+                                        int64_t end);
+};
+
+// The table for the instruction set of kernels(): one choice for the whole library.
+const LevelKernels& level_kernels();
+
+}  // namespace onebit::cpu

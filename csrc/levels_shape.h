@@ -1,0 +1,105 @@
+// What the operators of levels.cpp accept, as shape.h says it for the others.
+#pragma once
+
+#include <string_view>
+
+#include "shape.h"
+
+namespace onebit {
+
+using OptionalType = std::optional<at::ScalarType>;
+
+inline void check_rule(std::string_view rule) {
+  TORCH_CHECK_VALUE(rule == "minmax" || rule == "sign" || rule == "mean" || rule == "optimal",
+                    "rule must be minmax, sign, mean or optimal, got ", rule);
+}
+
+// importance is one value per column of w, or one per value of w.
+template <class Int>
+void check_importance(const OptionalTensor& importance, const Tensor& w, std::string_view rule) {
+  if (!importance) return;
+  TORCH_CHECK_VALUE(rule == "sign" || rule == "optimal",
+                    "rule must be sign or optimal when importance is given, got ", rule);
+  check_values("importance", *importance);
+  check_same_device("importance", *importance, w);
+  const auto sizes = sizes_of<Int>(w);
+  const Sizes<Int> columns{sizes.back()};
+  if (importance->dim() == 1) {
+    check_sizes<Int>("importance", *importance, columns, " (one per column of w)");
+  } else {
+    check_sizes<Int>("importance", *importance, sizes, " (as w)");
+  }
+}
+
+template <class Int>
+QuantizeShape<Int> check_quantize_levels(const Tensor& w,
+                                         std::string_view rule,
+                                         int64_t group_size,
+                                         const OptionalTensor& importance) {
+  const auto shape = check_quantize<Int>(w, group_size);
+  check_rule(rule);
+  check_importance<Int>(importance, w, rule);
+  return shape;
+}
+
+inline void check_output_type(const OptionalType& dtype) {
+  TORCH_CHECK_VALUE(!dtype || is_value_type(*dtype),
+                    "dtype must be float32, float16, bfloat16 or float64, got ", *dtype);
+}
+
+template <class Int>
+void check_gradient(const Tensor& grad, const Tensor& w) {
+  check_values("grad", grad);
+  check_same_device("grad", grad, w);
+  check_sizes<Int>("grad", grad, sizes_of<Int>(w), " (as w)");
+}
+
+template <class Int>
+void check_affine(const Tensor& w, const Tensor& scales, const Tensor& biases, int64_t group_size) {
+  const auto shape = check_quantize<Int>(w, group_size);
+  for (const auto& [name, t] : {std::pair("scales", scales), std::pair("biases", biases)}) {
+    check_values(name, t);
+    check_same_device(name, t, w);
+    check_sizes<Int>(name, t, shape.scales, " (one per group of w)");
+  }
+  TORCH_CHECK_VALUE(biases.scalar_type() == scales.scalar_type(),
+                    "biases must have the dtype of scales (", scales.scalar_type(), "), got ",
+                    biases.scalar_type());
+}
+
+// bits, error [n, k], scales [n, k / group_size], moments [k, k]. Returns [n, end - begin].
+template <class Int>
+Sizes<Int> check_flip_bits(const Tensor& bits,
+                           const Tensor& error,
+                           const Tensor& scales,
+                           const Tensor& moments,
+                           int64_t begin,
+                           int64_t end,
+                           int64_t group_size) {
+  check_group_size(group_size);
+  TORCH_CHECK_VALUE(bits.scalar_type() == at::kBool, "bits must be bool, got ", bits.scalar_type());
+  TORCH_CHECK_VALUE(bits.dim() == 2, "bits must have 2 dimensions, got ", bits.dim());
+  TORCH_CHECK_VALUE(bits.is_contiguous(), "bits must be contiguous, got strides ", bits.strides());
+  const auto sizes = sizes_of<Int>(bits);
+  TORCH_CHECK_VALUE(equal(sizes[1] % group_size, Int(0)),
+                    "bits must have a last dimension that is a multiple of group_size ", group_size,
+                    ", got ", sizes[1]);
+  TORCH_CHECK_VALUE(0 <= begin && begin < end && end <= sizes[1],
+                    "begin and end must lie in order within the columns of bits (", sizes[1],
+                    "), got ", begin, " and ", end);
+  for (const auto& [name, t] :
+       {std::pair("error", error), std::pair("scales", scales), std::pair("moments", moments)}) {
+    TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, name,
+                      " must be float32 or float64, got ", t.scalar_type());
+    TORCH_CHECK_VALUE(t.scalar_type() == error.scalar_type(), name,
+                      " must have the dtype of error (", error.scalar_type(), "), got ",
+                      t.scalar_type());
+    check_same_device(name, t, bits);
+  }
+  check_sizes<Int>("error", error, sizes, " (as bits)");
+  check_sizes<Int>("scales", scales, {sizes[0], sizes[1] / group_size}, " (one per group of bits)");
+  check_sizes<Int>("moments", moments, {sizes[1], sizes[1]}, " (a square of the columns of bits)");
+  return {sizes[0], Int(end - begin)};
+}
+
+}  // namespace onebit

@@ -1,0 +1,287 @@
+"""Quantization-aware training: the layers, prepare_qat_, convert_, and the ways people train."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+from torch_onebit import (
+    OneBitEmbedding,
+    OneBitLinear,
+    QATEmbedding,
+    QATLinear,
+    convert_,
+    level_ops,
+    prepare_qat_,
+)
+
+RULES = ["mean", "sign", "optimal", "minmax", "learnable"]
+
+
+class Net(nn.Module):
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 64, padding_idx=0)
+        self.body = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 20, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(F.gelu(self.body(self.embedding(tokens))))
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(20, (4, 9))
+
+
+def step(model, optimizer, x) -> float:
+    loss = F.cross_entropy(model(x).flatten(0, 1).float(), x.roll(-1, 1).flatten())
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_layer_is_linear_on_fake_quantized_weights(rule):
+    layer = QATLinear(nn.Linear(64, 8).double(), rule=rule, group_size=32)
+    if rule == "learnable":
+        with torch.no_grad():
+            layer.scales.mul_(1.3)
+    x = torch.randn(3, 5, 64, dtype=torch.float64, requires_grad=True)
+    if rule == "learnable":
+        w_hat = level_ops.fake_quantize_affine(layer.weight, layer.scales, layer.biases, 32)
+    else:
+        w_hat = level_ops.fake_quantize(layer.weight, rule, 32)
+    expected = F.linear(x, w_hat, layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+    inputs = (x, *layer.parameters())
+    grad = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(layer(x), inputs, grad), torch.autograd.grad(expected, inputs, grad)
+    )
+
+
+def test_layer_takes_a_vector():
+    layer = QATLinear(nn.Linear(64, 8), group_size=32)
+    layer(torch.randn(64)).sum().backward()
+    assert layer.weight.grad.shape == (8, 64)
+
+
+def test_result_may_be_changed_in_place():
+    layer, x = QATLinear(nn.Linear(64, 8), group_size=32), torch.randn(2, 3, 64)
+    y = layer(x)
+    y += x.sum()
+    y.sum().backward()
+
+
+def test_nothing_of_the_size_of_the_weight_is_kept_for_backward():
+    layer = QATLinear(nn.Linear(512, 512), group_size=64)
+    kept = []
+
+    def pack(t):
+        if t.data_ptr() != layer.weight.data_ptr():
+            kept.append(t.numel())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(torch.randn(2, 512, requires_grad=True))
+    assert sum(kept) <= 2 * 512
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_converted_model_computes_what_the_trained_one_did(rule, tied):
+    model, x = prepare_qat_(Net(tied), rule=rule, group_size=32), tokens()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = [step(model, optimizer, x) for _ in range(8)]
+    assert losses[-1] < losses[0]
+    model.eval()
+    expected = model(x).detach()
+    half = copy.deepcopy(model)
+    convert_(model)
+    assert isinstance(model.embedding, OneBitEmbedding) and isinstance(model.body, OneBitLinear)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    if tied:
+        assert model.head.weight is model.embedding.weight
+        assert model.head.scales is model.embedding.scales
+    convert_(half, dtype=torch.float16)
+    assert half.body.scales.dtype == torch.float16
+    torch.testing.assert_close(half(x).float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_symmetric_conversion_has_no_biases():
+    model, x = prepare_qat_(Net(), rule="sign", group_size=32, symmetric=True), tokens()
+    expected = model(x).detach()
+    convert_(model)
+    assert model.body.biases is None and model.embedding.symmetric
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_stay_the_same_objects():
+    model = Net()
+    before = dict(model.named_parameters())
+    prepare_qat_(model, group_size=32)
+    assert all(after is before[name] for name, after in model.named_parameters())
+    assert model.state_dict().keys() == Net().state_dict().keys()
+
+
+def test_filter_chooses_layers_and_options():
+    model = prepare_qat_(
+        Net(),
+        group_size=32,
+        filter_fn=lambda m, name: {"rule": "sign"} if name == "body" else name == "head",
+    )
+    assert type(model.embedding) is nn.Embedding
+    assert model.body.rule == "sign" and model.head.rule == "mean"
+
+
+def test_a_layer_used_twice_stays_one():
+    shared = nn.Linear(64, 64)
+    model = prepare_qat_(nn.Sequential(shared, nn.ReLU(), shared), group_size=32)
+    assert model[0] is model[2] and isinstance(model[0], QATLinear)
+    convert_(model)
+    assert model[0] is model[2] and isinstance(model[0], OneBitLinear)
+
+
+def test_parametrized_weights_are_quantized_after_their_parametrization():
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(64, 8)))
+    prepare_qat_(model, group_size=32)
+    groups = model[0].weight.unflatten(-1, (-1, 32))
+    assert all(len(group.unique()) == 2 for group in groups.flatten(0, 1))
+    x = torch.randn(3, 64)
+    expected = model(x)
+    expected.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    convert_(model)
+    assert isinstance(model[0], OneBitLinear)
+    torch.testing.assert_close(model(x), expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_the_format_cannot_hold_are_left():
+    model = prepare_qat_(nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 4)), group_size=64)
+    assert type(model[0]) is nn.Linear and isinstance(model[1], QATLinear)
+
+
+def test_compiled_training_step_has_one_graph_and_the_same_gradients():
+    model, x = prepare_qat_(Net(), group_size=32), tokens()
+
+    def gradients(forward):
+        forward(x).square().sum().backward()
+        found = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        return found
+
+    expected = gradients(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradients(compiled), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_trains_float32_weights_in_bfloat16():
+    model, x = prepare_qat_(Net(), group_size=32), tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    exact = copy.deepcopy(model)
+    exact.zero_grad()
+    exact(x).square().sum().backward()
+    for p, q in zip(model.parameters(), exact.parameters(), strict=True):
+        assert p.grad.dtype == torch.float32
+        assert (p.grad - q.grad).norm() < 0.05 * q.grad.norm() + 1e-6
+
+
+def test_checkpointed_activations_give_the_same_gradients():
+    model, x = prepare_qat_(Net(), group_size=32), tokens()
+    model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    checkpoint(model, x, use_reentrant=False).square().sum().backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected)
+
+
+def test_gradients_accumulate_over_micro_batches():
+    model, x = prepare_qat_(Net(), group_size=32), tokens()
+    model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for part in x.split(1):
+        model(part).square().sum().backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}])
+def test_fused_and_foreach_optimizers_train(options):
+    model, x = prepare_qat_(Net(), group_size=32), tokens()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
+    losses = [step(model, optimizer, x) for _ in range(8)]
+    assert losses[-1] < losses[0]
+
+
+def test_changing_weights_between_forward_and_backward_is_refused():
+    layer = QATLinear(nn.Linear(64, 8), group_size=32)
+    y = layer(torch.randn(2, 64)).sum()
+    with torch.no_grad():
+        layer.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_second_derivatives_are_refused():
+    layer, x = QATLinear(nn.Linear(64, 8), group_size=32), torch.randn(2, 64, requires_grad=True)
+    grad = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_fully_sharded_training_matches(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    model, x = prepare_qat_(Net(), group_size=32), tokens()
+    plain = copy.deepcopy(model)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        fully_shard(model.body, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for m in (model, plain):
+            optimizer = torch.optim.AdamW(m.parameters(), lr=1e-2)
+            for _ in range(3):
+                step(m, optimizer, x)
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.full_tensor(), q)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: prepare_qat_(Net(), rule="best"), "rule must be one of .*, got best"),
+        (lambda: prepare_qat_(Net(), group_size=16), "group_size must be 32, 64 or 128, got 16"),
+        (lambda: prepare_qat_(Net(), symmetric=True), "rule must be sign .*, got mean"),
+        (lambda: prepare_qat_(nn.Linear(64, 8)), "model must contain the layers .*, got Linear"),
+        (
+            lambda: convert_(QATLinear(nn.Linear(64, 8), group_size=32)),
+            "model must contain the layers .*, got QATLinear",
+        ),
+        (
+            lambda: prepare_qat_(Net(), filter_fn=lambda m, name: {"bits": 1}),
+            r"filter_fn must return options among .*, got \['bits'\]",
+        ),
+        (lambda: QATLinear(nn.Linear(48, 8), group_size=32), "columns must be .* 32, got 48"),
+        (
+            lambda: QATEmbedding(nn.Embedding(8, 64, max_norm=1.0), group_size=32),
+            "embedding must have no max_norm, got 1.0",
+        ),
+    ],
+)
+def test_illegal_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

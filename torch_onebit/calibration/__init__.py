@@ -1,0 +1,1 @@
+"""Quantization with calibration data: outputs are kept, not weights."""

@@ -1,0 +1,296 @@
+"""calibrate_: quantize a whole model layer by layer, each against the float model's outputs.
+
+Layer by layer in the order they run, with x_0 the layer's input in the float model and x_q the one
+in the model whose earlier layers are 1-bit already: choose w_hat so that ``w_hat x_q`` comes close
+to ``w x_0``. With ``H = E[x_q x_q^T]`` and ``C = E[x_0 x_q^T]`` that is the calibration of
+``w C H^-1`` with moments H: later layers make up for the errors of earlier ones.
+"""
+
+import copy
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from torch_onebit import ops
+from torch_onebit.calibration.moments import Moments, collect, run
+from torch_onebit.calibration.report import CalibrationReport, CalibrationRow
+from torch_onebit.calibration.solver import Options, damped, quantize_calibrated
+from torch_onebit.methods import check_method, quantize_weight
+from torch_onebit.model import FilterFn, _obstacle, _places
+from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
+
+
+def calibrate_(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    group_size: int = 128,
+    symmetric: bool = False,
+    filter_fn: FilterFn | None = None,
+    options: Options | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> CalibrationReport:
+    """Quantize a model to 1 bit in place so that its outputs on batches change least.
+
+    nn.Linear layers are calibrated in the order they run; a layer with a bias also corrects the
+    mean of its outputs in it. nn.Embedding, linear layers that share their weight and those that
+    batches never reach are quantized by method "optimal" first. Deterministic.
+
+    A few dozen batches are enough. Time: a forward pass of two models up to each layer, per batch,
+    and the solver's cost (``quantize_calibrated``). Memory: a second copy of the model, and the
+    moments of one layer at a time, 16 k^2 bytes.
+
+    Args:
+        model: on any device the operators run on; evaluated in eval mode, its mode is kept.
+        batches: inputs, each a tensor, a tuple of arguments or a dict of keyword arguments.
+        group_size: weights that share a scale: 32, 64 or 128.
+        symmetric: store no biases; weights are ``±scale / 2``.
+        filter_fn: ``filter_fn(module, name)`` is false to leave the layer, true to quantize it, or
+            a dict of ``group_size`` and ``symmetric`` for this layer.
+        options: rounds, sweeps and damping of the solver.
+        checkpoint: a folder for finished layers; a run that was cut short goes on from there.
+        progress: show a progress bar.
+    Returns:
+        the report: per layer the weight error, the output error and seconds.
+    Raises:
+        ValueError: no batches, an option or group size that is not allowed, or a checkpoint of
+            another model or other options.
+    """
+    check_method("calibrated", symmetric)
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches must hold at least one batch, got none")
+    options = options or Options()
+    report = CalibrationReport()
+    jobs = _jobs(model, filter_fn, {"group_size": group_size, "symmetric": symmetric}, report)
+    training = model.training
+    model.eval()
+    reference = copy.deepcopy(model)
+    order = _order_of_use(model, batches[0])
+    # Layers without inputs of their own come first: what they do is what the others make up for.
+    data_free = [job for job in jobs if job.reason(order)]
+    calibrated = sorted(
+        (job for job in jobs if not job.reason(order)), key=lambda job: order[id(job.layer)]
+    )
+    store = _Store(checkpoint, options, len(batches))
+    bar = tqdm(total=len(jobs), desc="calibrate", unit="layer", disable=None if progress else True)
+    for index, job in enumerate(data_free + calibrated):
+        bar.set_postfix_str(job.name, refresh=False)
+        saved = store.load(index, job)
+        if saved is None:
+            start = time.perf_counter()
+            if index < len(data_free):
+                result = _optimal(job, job.reason(order))
+            else:
+                twin = reference.get_submodule(job.name)
+                moments = collect(reference, twin, model, job.layer, batches)
+                result = _calibrate(job, moments, options)
+            result.seconds = time.perf_counter() - start
+            store.save(index, job, result)
+        else:
+            result = saved
+        report.layers.append(result.row(job))
+        job.install(result)
+        bar.update()
+    bar.close()
+    _tie_all(jobs)
+    model.train(training)
+    return report
+
+
+class _Job:
+    """A layer to quantize, and everywhere it is used."""
+
+    def __init__(self, name: str, layer: nn.Module, options: dict[str, Any], shared: bool):
+        self.name = name
+        self.layer = layer
+        self.group_size = options["group_size"]
+        self.symmetric = options["symmetric"]
+        self.shared = shared  # its weight is another layer's too
+        self.places: list[tuple[nn.Module, str]] = []
+        self.new: OneBitModule | None = None
+
+    def reason(self, order: dict[int, int]) -> str:
+        """Why this layer cannot be calibrated; empty when it can."""
+        if isinstance(self.layer, nn.Embedding):
+            return "embedding"
+        if self.shared:
+            return "shared weight"
+        return "" if id(self.layer) in order else "not reached by batches"
+
+    def install(self, result: "_Result") -> None:
+        """Put the 1-bit layer everywhere the float one was."""
+        layer = self.layer
+        options = {"group_size": self.group_size, "symmetric": self.symmetric, "device": "meta"}
+        if isinstance(layer, nn.Embedding):
+            self.new = OneBitEmbedding(
+                layer.num_embeddings, layer.embedding_dim, layer.padding_idx, **options
+            )
+        else:
+            self.new = OneBitLinear(layer.in_features, layer.out_features, False, **options)
+            self.new.bias = layer.bias
+            if result.bias is not None:
+                with torch.no_grad():
+                    layer.bias.copy_(result.bias)
+        self.new._set_weight(result.packed, result.scales, result.biases)
+        for parent, attribute in self.places:
+            setattr(parent, attribute, self.new.train(layer.training))
+
+
+class _Result:
+    """What one layer became; the fields a checkpoint keeps."""
+
+    def __init__(self, packed: Tensor, scales: Tensor, biases: Tensor | None, **rest: Any):
+        self.packed, self.scales, self.biases = packed, scales, biases
+        self.bias: Tensor | None = rest.get("bias")
+        self.weight_error: float = rest["weight_error"]
+        self.output_error: float | None = rest.get("output_error")
+        self.note: str = rest.get("note", "")
+        self.seconds: float = rest.get("seconds", 0.0)
+
+    def row(self, job: _Job) -> CalibrationRow:
+        shape = tuple(job.layer.weight.shape)
+        return CalibrationRow(
+            job.name, shape, self.weight_error, self.output_error, self.seconds, self.note
+        )
+
+
+@torch.no_grad()
+def _optimal(job: _Job, note: str) -> _Result:
+    w = job.layer.weight
+    levels = quantize_weight(w, "optimal", job.group_size, symmetric=job.symmetric)
+    w_hat = ops.dequantize(*levels, job.group_size)
+    return _Result(*levels, weight_error=_relative(w_hat - w, w), note=note)
+
+
+@torch.no_grad()
+def _calibrate(job: _Job, moments: Moments, options: Options) -> _Result:
+    w, bias = job.layer.weight, job.layer.bias
+    centred = bias is not None  # means can only be corrected where there is a bias
+    h, c = moments.second(centred)
+    # The same damping on both sides: inputs that agree leave w as it is.
+    damping = damped(h, options.damping) - h
+    target = torch.linalg.solve(h + damping, (w.double() @ (c + damping)).t(), left=True).t()
+    levels = quantize_calibrated(
+        target.to(w.dtype), h, job.group_size, symmetric=job.symmetric, options=options
+    )
+    w_hat = ops.dequantize(*levels, job.group_size).double()
+    mean_0, mean_q = moments.means(centred)
+    new_bias = (
+        None if bias is None else bias + (w.double() @ mean_0 - w_hat @ mean_q).to(bias.dtype)
+    )
+    energy = moments.output_energy(bias, centred)
+    # E|w x_0 - w_hat x_q|^2 = E|w x_0|^2 - 2 tr(w C w_hat^T) + tr(w_hat H w_hat^T)
+    difference = energy - 2 * ((w.double() @ c) * w_hat).sum() + ((w_hat @ h) * w_hat).sum()
+    return _Result(
+        *levels,
+        bias=new_bias,
+        weight_error=_relative(w_hat - w, w),
+        output_error=float(difference) / energy if energy > 0 else 0.0,
+    )
+
+
+def _relative(difference: Tensor, w: Tensor) -> float:
+    norm = float(w.double().square().sum())
+    return float(difference.double().square().sum()) / norm if norm else 0.0
+
+
+def _jobs(
+    model: nn.Module,
+    filter_fn: FilterFn | None,
+    defaults: dict[str, Any],
+    report: CalibrationReport,
+) -> list[_Job]:
+    places = list(_places(model, lambda module: type(module) in (nn.Linear, nn.Embedding)))
+    owners: dict[int, set[int]] = {}  # layers by the identity of their weight
+    for _, _, _, layer in places:
+        owners.setdefault(id(layer.weight), set()).add(id(layer))
+    jobs: dict[int, _Job] = {}
+    for name, parent, attribute, layer in places:
+        accepted = filter_fn(layer, name) if filter_fn else True
+        if not isinstance(accepted, dict) and not accepted:
+            continue
+        options = {**defaults, **(accepted if isinstance(accepted, dict) else {})}
+        if options.keys() != defaults.keys():
+            raise ValueError(
+                f"filter_fn must return options among {sorted(defaults)}, "
+                f"got {sorted(options.keys() - defaults.keys())}"
+            )
+        obstacle = _obstacle(layer, options["group_size"])
+        if obstacle:
+            report.skipped.append((name, obstacle))
+            continue
+        shared = len(owners[id(layer.weight)]) > 1
+        job = jobs.setdefault(id(layer), _Job(name, layer, options, shared))
+        job.places.append((parent, attribute))
+    return list(jobs.values())
+
+
+def _order_of_use(model: nn.Module, batch: Any) -> dict[int, int]:
+    """The order in which linear layers first run, by identity."""
+    order: dict[int, int] = {}
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        order.setdefault(id(module), len(order))
+
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
+
+
+def _tie_all(jobs: list[_Job]) -> None:
+    first: dict[int, OneBitModule] = {}
+    for job in jobs:
+        owner = first.setdefault(id(job.layer.weight), job.new)
+        if owner is not job.new:
+            tie(owner, job.new)
+
+
+class _Store:
+    """Finished layers on disk, one file each, written whole or not at all."""
+
+    def __init__(self, folder: str | Path | None, options: Options, batches: int) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.run = {"options": vars(options).copy(), "batches": batches}
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _key(self, job: _Job) -> dict[str, Any]:
+        return {
+            **self.run,
+            "name": job.name,
+            "shape": list(job.layer.weight.shape),
+            "group_size": job.group_size,
+            "symmetric": job.symmetric,
+            "norm": float(job.layer.weight.detach().double().square().sum()),
+        }
+
+    def load(self, index: int, job: _Job) -> _Result | None:
+        if self.folder is None or not (self.folder / f"{index:05}.pt").exists():
+            return None
+        saved = torch.load(self.folder / f"{index:05}.pt", map_location=job.layer.weight.device)
+        if saved.pop("key") != self._key(job):
+            raise ValueError(
+                f"checkpoint must hold layers of this model with these options, got another "
+                f"{self.folder / f'{index:05}.pt'}"
+            )
+        return _Result(**saved)
+
+    def save(self, index: int, job: _Job, result: _Result) -> None:
+        if self.folder is None:
+            return
+        path = self.folder / f"{index:05}.pt"
+        partial = path.with_suffix(".partial")
+        torch.save({"key": self._key(job), **vars(result)}, partial)
+        partial.replace(path)

@@ -1,0 +1,43 @@
+"""What calibrate_ did, layer by layer."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class CalibrationRow:
+    """One layer. Errors are squared and relative: of the weights, and of the outputs (None when the
+    layer was quantized without its inputs, for the reason in ``note``)."""
+
+    name: str
+    shape: tuple[int, int]
+    weight_error: float
+    output_error: float | None
+    seconds: float
+    note: str = ""
+
+
+@dataclass
+class CalibrationReport:
+    """Layers in the order they were calibrated. ``print(report)`` shows a table."""
+
+    layers: list[CalibrationRow] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+
+    @property
+    def seconds(self) -> float:
+        return sum(row.seconds for row in self.layers)
+
+    def __str__(self) -> str:
+        width = max([len(row.name) for row in self.layers] + [5])
+        lines = [f"{'layer':{width}}  {'shape':>13}  weight err  output err  seconds"]
+        for row in self.layers:
+            shape = f"{row.shape[0]} x {row.shape[1]}"
+            output = "-" if row.output_error is None else f"{row.output_error:.4f}"
+            line = (
+                f"{row.name:{width}}  {shape:>13}  {row.weight_error:>10.4f}  {output:>10}"
+                f"  {row.seconds:>7.2f}  {row.note}"
+            )
+            lines.append(line.rstrip())
+        lines.append(f"{len(self.layers)} layers, {self.seconds:.1f} s")
+        lines += [f"left as it was: {name} ({reason})" for name, reason in self.skipped]
+        return "\n".join(lines)

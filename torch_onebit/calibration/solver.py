@@ -1,0 +1,173 @@
+"""One weight matrix, calibrated: bits and levels that keep the layer's outputs, not its weights.
+
+Minimises ``tr((w - w_hat) H (w - w_hat)^T)`` with H the second moments of the layer's inputs, by
+turns:
+
+    refit    the bits given, all scales and biases of a row are a least-squares problem in
+             2 * groups unknowns
+    descend  the levels given, flip every bit whose flip lowers the loss, column by column
+
+Both steps only lower the loss. Rows are independent: they are worked on in chunks of bounded
+memory. For n x k weights a round costs about ``n k^2`` multiply-adds for the refit, ``n (2 k /
+group_size)^3`` for its solves and ``n k^2`` per sweep of the descent.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_onebit.level_ops import quantize_levels
+from torch_onebit.packing import pack_bits, unpack_bits
+
+BLOCK = 128  # columns whose flips are gathered before the error of the others is brought up to date
+SYSTEM_VALUES = 1 << 24  # of all least-squares systems of a chunk: 128 MB
+
+
+@dataclass(frozen=True)
+class Options:
+    """How hard to try.
+
+    rounds: refits, each followed by a descent; it stops earlier when no bit flips.
+    sweeps: passes over the columns per descent.
+    damping: added to the diagonal of H, in units of its mean.
+    """
+
+    rounds: int = 5
+    sweeps: int = 2
+    damping: float = 0.01
+
+
+def damped(moments: Tensor, damping: float) -> Tensor:
+    """moments ``[k, k]`` plus ``damping`` times its mean diagonal; a dead input stays harmless."""
+    level = damping * moments.diagonal().mean()
+    level = torch.where(level > 0, level, torch.ones_like(level))
+    return moments + level * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+
+
+def quantize_calibrated(
+    w: Tensor,
+    moments: Tensor,
+    group_size: int = 128,
+    *,
+    symmetric: bool = False,
+    options: Options | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Quantize to 1 bit so that outputs ``x @ w.T`` change least for inputs with these moments.
+
+    Deterministic, also in the number of threads to float rounding.
+
+    Args:
+        w: ``[n, k]``, k a multiple of ``group_size``.
+        moments: ``[k, k]``, mean of ``x x^T`` over calibration inputs.
+        group_size: 32, 64 or 128.
+        symmetric: weights of ``±scale / 2``: no biases.
+    Returns:
+        packed ``[n, k // 32]`` int32, scales and biases ``[n, k // group_size]`` in the dtype of w;
+        biases are None in the symmetric form.
+    Raises:
+        ValueError: moments of another shape, or a w that the format does not allow.
+    """
+    options = options or Options()
+    if w.dim() != 2 or moments.shape != (w.shape[1], w.shape[1]):
+        raise ValueError(
+            f"moments must be a square of the columns of w {list(w.shape)}, "
+            f"got {list(moments.shape)}"
+        )
+    h = damped(moments.double(), options.damping).float()
+    groups = w.shape[1] // group_size
+    chunk = max(32, min(1024, SYSTEM_VALUES // (2 * groups) ** 2))
+    parts = [
+        _quantize_rows(rows.float(), h, group_size, symmetric, options) for rows in w.split(chunk)
+    ]
+    bits, scales, biases = (torch.cat(part) for part in zip(*parts, strict=True))
+    return pack_bits(bits), scales.to(w.dtype), None if symmetric else biases.to(w.dtype)
+
+
+def _quantize_rows(
+    w: Tensor, h: Tensor, group_size: int, symmetric: bool, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    rule = "sign" if symmetric else "optimal"
+    bits = unpack_bits(quantize_levels(w, rule, group_size)[0])
+    wh = w @ h
+    for _ in range(options.rounds):
+        scales, biases = _refit(wh, h, bits, group_size, symmetric)
+        if not _descend(w, h, bits, scales, biases, group_size, options.sweeps):
+            return bits, scales, biases
+    return bits, *_refit(wh, h, bits, group_size, symmetric)
+
+
+def _by_group(t: Tensor, group_size: int) -> Tensor:
+    return t.unflatten(-1, (-1, group_size)).sum(-1)
+
+
+def _refit(
+    wh: Tensor, h: Tensor, bits: Tensor, group_size: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """The best scales and biases ``[n, groups]`` for bits ``[n, k]``, given ``wh = w @ h``.
+
+    With columns ``bit`` and ``1`` per group the normal equations are
+    ``[[A, B], [B^T, C]] [scale, bias] = [r, s]``; sums are float32, the solve float64.
+    """
+    n, k = bits.shape
+    groups = k // group_size
+    signs = bits.float() * 2 - 1 if symmetric else bits.float()
+    a = torch.empty(n, groups, groups, device=h.device)
+    for p in range(groups):  # A is symmetric: the part right of the diagonal, mirrored
+        columns = slice(p * group_size, (p + 1) * group_size)
+        product = signs[:, columns] @ h[columns, columns.start :]
+        right = _by_group(product.mul_(signs[:, columns.start :]), group_size)
+        a[:, p, p:] = right
+        a[:, p:, p] = right
+    r = _by_group(wh * signs, group_size)
+    if symmetric:
+        amplitude = _solve(a.double(), r.double())
+        return 2 * amplitude, -amplitude
+    h_groups = _by_group(h, group_size)  # [k, groups]
+    b = torch.stack(
+        [
+            columns @ h_groups[p * group_size : (p + 1) * group_size]
+            for p, columns in enumerate(signs.split(group_size, dim=1))
+        ],
+        dim=1,
+    )
+    c = h_groups.unflatten(0, (groups, group_size)).sum(1).expand(n, -1, -1)
+    system = torch.cat([torch.cat([a, b], 2), torch.cat([b.transpose(1, 2), c], 2)], 1)
+    levels = _solve(system.double(), torch.cat([r, _by_group(wh, group_size)], 1).double())
+    return levels[:, :groups], levels[:, groups:]
+
+
+def _solve(system: Tensor, right: Tensor) -> Tensor:
+    # A group whose bits are all equal makes the system singular: the ridge picks its smallest
+    # answer.
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    diagonal += 1e-7 * diagonal.mean()
+    return torch.linalg.solve(system, right).float()
+
+
+def _descend(
+    w: Tensor,
+    h: Tensor,
+    bits: Tensor,
+    scales: Tensor,
+    biases: Tensor,
+    group_size: int,
+    sweeps: int,
+) -> bool:
+    """Flip bits ``[n, k]`` in place while that lowers the loss. Returns whether any flipped."""
+    k = bits.shape[1]
+    w_hat = scales.repeat_interleave(group_size, 1) * bits + biases.repeat_interleave(group_size, 1)
+    error = (w - w_hat) @ h
+    flipped = False
+    for _ in range(sweeps):
+        flipped_now = False
+        for begin in range(0, k, BLOCK):
+            end = min(begin + BLOCK, k)
+            changes = torch.ops.onebit.flip_bits_(bits, error, scales, h, begin, end, group_size)
+            if changes.any():
+                flipped_now = True
+                error.addmm_(changes, h[begin:end], alpha=-1)
+        flipped |= flipped_now
+        if not flipped_now:
+            break
+    return flipped

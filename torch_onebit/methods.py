@@ -1,0 +1,79 @@
+"""The quantization methods by name: from a float weight to (packed, scales, biases).
+
+    minmax      MLX's bits exactly; for weights that are already binary, never for real-valued ones
+    sign        ± mean|w|, the best symmetric levels
+    mean        mean ± mean deviation
+    optimal     the least squared error of the weights, exactly: the default for real-valued weights
+    calibrated  the least squared error of the layer's outputs, given moments of its inputs
+
+docs/which_method.md has what each is worth.
+"""
+
+import torch
+from torch import Tensor
+
+from torch_onebit import ops
+from torch_onebit.calibration.solver import quantize_calibrated
+from torch_onebit.level_ops import quantize_levels
+
+METHODS = ("minmax", "sign", "mean", "optimal", "calibrated")
+SYMMETRIC_METHODS = ("sign", "optimal", "calibrated")
+
+
+def check_method(method: str, symmetric: bool) -> None:
+    """Raise ValueError when there is no such method, or none for the symmetric form."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method}")
+    if symmetric and method not in SYMMETRIC_METHODS:
+        raise ValueError(
+            f"method must be one of {', '.join(SYMMETRIC_METHODS)} for symmetric weights, "
+            f"got {method}"
+        )
+
+
+@torch.no_grad()
+def quantize_weight(
+    w: Tensor,
+    method: str = "optimal",
+    group_size: int = 128,
+    *,
+    symmetric: bool = False,
+    importance: Tensor | None = None,
+    moments: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Quantize a matrix to 1 bit by a method.
+
+    Args:
+        w: ``[n, k]``, any floating dtype; k a multiple of ``group_size``.
+        method: one of ``METHODS``.
+        group_size: 32, 64 or 128.
+        symmetric: weights of ``±scale / 2``: no biases.
+        importance: ``[k]`` or ``[n, k]``, for "sign" and "optimal": weights of the squared error,
+            such as the mean of ``x**2`` over inputs x.
+        moments: ``[k, k]``, for "calibrated" and required there: the mean of ``x x^T``.
+    Returns:
+        packed ``[n, k // 32]`` int32, scales and biases ``[n, k // group_size]`` in the dtype of w;
+        biases are None in the symmetric form.
+    Raises:
+        ValueError: an argument that is not allowed; the message names it and its value.
+    """
+    check_method(method, symmetric)
+    if (moments is not None) != (method == "calibrated"):
+        raise ValueError(
+            "moments must be given for method calibrated and for no other "
+            f"(torch_onebit.calibrate_ collects them), got {_given(moments)} for {method}"
+        )
+    if method == "calibrated":
+        return quantize_calibrated(w, moments, group_size, symmetric=symmetric)
+    if method == "minmax":
+        if importance is not None:
+            raise ValueError("importance must be None for method minmax, got a tensor")
+        return ops.quantize(w, group_size)
+    # The best levels of the form ± a are those of the sign rule.
+    rule = "sign" if symmetric else method
+    packed, scales, biases = quantize_levels(w, rule, group_size, importance)
+    return packed, scales, None if symmetric else biases
+
+
+def _given(t: Tensor | None) -> str:
+    return "none" if t is None else "a tensor"

@@ -1,0 +1,89 @@
+"""A linear layer on 1-bit weights that keeps only latent weights: the autograd function.
+
+Backward makes the 1-bit weights again from the latent ones, one pass over the matrix, instead of
+keeping them: between forward and backward a layer holds its input and nothing of its weight's size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_onebit.level_ops import (
+    fake_quantize,
+    fake_quantize_affine,
+    fake_quantize_affine_backward,
+    fake_quantize_backward,
+)
+
+
+class _LatentLinear(torch.autograd.Function):
+    """``y = x @ fake_quantize(w).T + bias`` for x ``[m, k]``; scales and biases are free levels."""
+
+    @staticmethod
+    def forward(x, w, scales, biases, bias, rule, group_size):
+        return F.linear(x, _binary(x, w, scales, biases, rule, group_size), bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w, scales, biases, _, ctx.rule, ctx.group_size = inputs
+        ctx.save_for_backward(x, w, scales, biases)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, w, scales, biases = ctx.saved_tensors
+        grad_x = grad_w = grad_scales = grad_biases = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ _binary(x, w, scales, biases, ctx.rule, ctx.group_size)
+        if any(ctx.needs_input_grad[1:4]):
+            grad_binary = grad.t() @ x
+            if scales is None:
+                grad_w = fake_quantize_backward(grad_binary, w, ctx.rule, ctx.group_size)
+            else:
+                grad_w = grad_binary.to(w.dtype)
+                grad_scales, grad_biases = fake_quantize_affine_backward(
+                    grad_binary, w, scales, biases, ctx.group_size
+                )
+        if ctx.needs_input_grad[4]:
+            grad_bias = grad.sum(0)
+        return grad_x, grad_w, grad_scales, grad_biases, grad_bias, None, None
+
+
+def _binary(x, w, scales, biases, rule, group_size):
+    if scales is None:
+        return fake_quantize(w, rule, group_size, dtype=x.dtype)
+    return fake_quantize_affine(w, scales, biases, group_size, dtype=x.dtype)
+
+
+def latent_linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    rule: str,
+    group_size: int,
+    scales: Tensor | None = None,
+    biases: Tensor | None = None,
+) -> Tensor:
+    """``x @ w_hat.T + bias`` with w_hat the 1-bit weights of latent w.
+
+    Under autocast x and the product take the region's dtype; w and its gradient keep theirs.
+
+    Args:
+        x: ``[..., k]``.
+        w: ``[n, k]``, any floating dtype, k a multiple of ``group_size``.
+        bias: ``[n]`` or None.
+        rule: of the levels, one of ``level_ops.RULES``; unused with scales.
+        scales, biases: ``[n, k // group_size]``, both or none: levels of their own.
+    Returns:
+        ``[..., n]`` in the dtype of x, or of the autocast region.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            return latent_linear(x, w, bias, rule, group_size, scales, biases)
+    bias = None if bias is None else bias.to(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    y = _LatentLinear.apply(rows, w, scales, biases, bias, rule, group_size)
+    # Not a view to autograd, as in nn.Linear: y may be changed in place, and FSDP hooks it.
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], w.shape[0]])

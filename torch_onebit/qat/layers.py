@@ -1,0 +1,179 @@
+"""Layers that train latent float weights and compute with 1-bit ones."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torch_onebit import ops
+from torch_onebit.level_ops import (
+    RULES,
+    fake_quantize,
+    fake_quantize_affine,
+    quantize_levels,
+)
+from torch_onebit.packing import GROUP_SIZES, pack_bits
+from torch_onebit.qat.function import latent_linear
+
+QAT_RULES = (*RULES, "learnable")
+
+
+class LatentModule(nn.Module):
+    """What QATLinear and QATEmbedding have in common: latent weights and a rule for their levels.
+
+    The latent ``weight`` is the parameter of the float layer itself: optimizers, tied weights and
+    state dicts made before go on working. Rule "learnable" adds parameters ``scales`` and
+    ``biases`` ``[rows, columns // group_size]`` that start at the levels of rule "mean".
+    """
+
+    weight: nn.Parameter
+    scales: nn.Parameter | None
+    biases: nn.Parameter | None
+
+    def _set_rule(self, rule: str, group_size: int, symmetric: bool) -> None:
+        check_rule(rule, group_size, symmetric)
+        columns = self.weight.shape[1]
+        if columns % group_size:
+            raise ValueError(
+                f"columns must be a multiple of group_size {group_size}, got {columns}"
+            )
+        self.rule = rule
+        self.group_size = group_size
+        self.symmetric = symmetric
+        self.register_parameter("scales", None)
+        self.register_parameter("biases", None)
+        if rule == "learnable":
+            _, scales, biases = quantize_levels(self.weight.detach(), "mean", group_size)
+            self.scales = nn.Parameter(scales)
+            self.biases = nn.Parameter(biases)
+
+    @torch.no_grad()
+    def quantize(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(packed, scales, biases) of the weights the layer computes with."""
+        if self.rule == "learnable":
+            half = self.scales / 2
+            distance = self.weight.unflatten(-1, (-1, self.group_size)) - self.biases.unsqueeze(-1)
+            half = half.unsqueeze(-1)
+            bits = torch.where(half >= 0, distance > half, distance < half).flatten(-2)
+            return pack_bits(bits), self.scales.clone(), self.biases.clone()
+        if self.rule == "minmax":
+            return ops.quantize(self.weight, self.group_size)
+        packed, scales, biases = quantize_levels(self.weight, self.rule, self.group_size)
+        return packed, scales, None if self.symmetric else biases
+
+    def _extra(self) -> str:
+        symmetric = ", symmetric=True" if self.symmetric else ""
+        return f"rule={self.rule}, group_size={self.group_size}{symmetric}"
+
+
+class QATLinear(LatentModule):
+    """``nn.Linear`` whose weights are 1-bit in forward and float for the optimizer.
+
+    Gradients go straight through for the bit and exactly through the levels. Backward rebuilds the
+    1-bit weights from the latent ones, so they take no memory between the two.
+
+    Args:
+        linear: its ``weight`` and ``bias`` parameters are taken over, not copied.
+        rule: "mean", "sign", "optimal", "minmax" or "learnable" (free scales and biases).
+        group_size: 32, 64 or 128.
+        symmetric: convert to the form without biases; rule "sign" only.
+    Shape:
+        x ``[..., k]`` to y ``[..., n]``, dtypes as in ``nn.Linear``, autocast included.
+    Raises:
+        ValueError: a rule, group size or shape that is not allowed.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        *,
+        rule: str = "mean",
+        group_size: int = 128,
+        symmetric: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        self._set_rule(rule, group_size, symmetric)
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return latent_linear(
+            x, self.weight, self.bias, self.rule, self.group_size, self.scales, self.biases
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {self._extra()}"
+        )
+
+
+class QATEmbedding(LatentModule):
+    """``nn.Embedding`` whose rows are 1-bit in forward and float for the optimizer.
+
+    Only the rows looked up are quantized: a group never crosses rows.
+
+    Args:
+        embedding: its ``weight`` parameter is taken over, not copied; without ``max_norm``.
+        rule, group_size, symmetric: as in ``QATLinear``.
+    Raises:
+        ValueError: a rule, group size, shape or max_norm that is not allowed.
+    """
+
+    def __init__(
+        self,
+        embedding: nn.Embedding,
+        *,
+        rule: str = "mean",
+        group_size: int = 128,
+        symmetric: bool = False,
+    ) -> None:
+        super().__init__()
+        if embedding.max_norm is not None:
+            raise ValueError(f"embedding must have no max_norm, got {embedding.max_norm}")
+        self.num_embeddings = embedding.num_embeddings
+        self.embedding_dim = embedding.embedding_dim
+        self.padding_idx = embedding.padding_idx
+        self.weight = embedding.weight
+        self._set_rule(rule, group_size, symmetric)
+        self.train(embedding.training)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        rows = F.embedding(indices, self.weight, self.padding_idx)
+        if self.scales is None:
+            return fake_quantize(rows, self.rule, self.group_size)
+        scales, biases = (
+            F.embedding(indices, t, self.padding_idx) for t in (self.scales, self.biases)
+        )
+        return fake_quantize_affine(rows, scales, biases, self.group_size)
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {self._extra()}"
+
+
+class FakeQuantize(nn.Module):
+    """A parametrization: the 1-bit form of a weight that is itself computed from others."""
+
+    def __init__(self, rule: str, group_size: int) -> None:
+        super().__init__()
+        self.rule = rule
+        self.group_size = group_size
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return fake_quantize(weight, self.rule, self.group_size)
+
+    def extra_repr(self) -> str:
+        return f"rule={self.rule}, group_size={self.group_size}"
+
+
+def check_rule(rule: str, group_size: int, symmetric: bool) -> None:
+    """Raise ValueError for what no layer allows."""
+    if rule not in QAT_RULES:
+        raise ValueError(f"rule must be one of {', '.join(QAT_RULES)}, got {rule}")
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size must be 32, 64 or 128, got {group_size}")
+    if symmetric and rule != "sign":
+        raise ValueError(f"rule must be sign for symmetric weights, got {rule}")

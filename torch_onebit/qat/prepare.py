@@ -1,0 +1,176 @@
+"""prepare_qat_ and convert_: a float model into 1-bit training, and from there to packed."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from torch_onebit.model import FilterFn, _obstacle, _places
+from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
+from torch_onebit.qat.layers import (
+    FakeQuantize,
+    LatentModule,
+    QATEmbedding,
+    QATLinear,
+    check_rule,
+)
+
+_QAT_LAYERS: dict[type, type[LatentModule]] = {nn.Linear: QATLinear, nn.Embedding: QATEmbedding}
+
+
+def prepare_qat_(
+    model: nn.Module,
+    *,
+    rule: str = "mean",
+    group_size: int = 128,
+    symmetric: bool = False,
+    filter_fn: FilterFn | None = None,
+) -> nn.Module:
+    """Make a model train with 1-bit weights, in place: nn.Linear and nn.Embedding become QAT
+    layers.
+
+    Parameters stay the same objects: an optimizer made before keeps working, tied weights stay
+    tied. A layer whose weight is parametrized keeps its class and gets one more parametrization.
+    Layers that the format cannot hold are left as they are.
+
+    Args:
+        model: the model; not itself one of the two layers.
+        rule: how levels follow from latent weights: "mean" (best), "sign", "optimal", "minmax", or
+            "learnable" (scales and biases are parameters: prepare before making the optimizer).
+        group_size: weights that share a scale: 32, 64 or 128.
+        symmetric: convert to weights of ``±scale / 2`` without biases; rule "sign" only.
+        filter_fn: ``filter_fn(module, name)`` is false to leave the layer, true to swap it, or a
+            dict of ``rule``, ``group_size`` and ``symmetric`` for this layer.
+    Returns:
+        model.
+    Raises:
+        ValueError: a rule, group size or option that is not allowed, or a model that is itself a
+            layer (use ``QATLinear``).
+    """
+    check_rule(rule, group_size, symmetric)
+    if _float_layer(model) is not None:
+        raise ValueError(
+            f"model must contain the layers to swap, got {type(model).__name__} itself"
+        )
+    defaults = {"rule": rule, "group_size": group_size, "symmetric": symmetric}
+    swapped: dict[int, nn.Module] = {}
+    first: dict[int, LatentModule] = {}  # by identity of the latent weight
+    for name, parent, attribute, layer in list(_places(model, lambda m: bool(_float_layer(m)))):
+        accepted = filter_fn(layer, name) if filter_fn else True
+        if not isinstance(accepted, dict) and not accepted:
+            continue
+        if id(layer) not in swapped:
+            options = {**defaults, **(accepted if isinstance(accepted, dict) else {})}
+            if options.keys() != defaults.keys():
+                raise ValueError(
+                    f"filter_fn must return options among {sorted(defaults)}, "
+                    f"got {sorted(options.keys() - defaults.keys())}"
+                )
+            check_rule(**options)
+            if _obstacle(layer, options["group_size"]):
+                continue
+            swapped[id(layer)] = new = _prepare(layer, options)
+            if isinstance(new, LatentModule):
+                owner = first.setdefault(id(new.weight), new)
+                new.scales, new.biases = owner.scales, owner.biases  # learnable levels are tied too
+        setattr(parent, attribute, swapped[id(layer)])
+    return model
+
+
+def convert_(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """Pack a model prepared by ``prepare_qat_``, in place: QAT layers become 1-bit layers.
+
+    Outputs stay those of the prepared model, to rounding of the dtype of scales. Tied layers stay
+    tied.
+
+    Args:
+        model: the prepared model; not itself a QAT layer.
+        dtype: of scales and biases; that of the latent weights without it.
+    Returns:
+        model.
+    Raises:
+        ValueError: a model that is itself a QAT layer.
+    """
+    if isinstance(model, LatentModule):
+        raise ValueError(
+            f"model must contain the layers to swap, got {type(model).__name__} itself"
+        )
+    swapped: dict[int, OneBitModule] = {}
+    tied: dict[int, OneBitModule] = {}
+    for _, parent, attribute, layer in list(_places(model, _is_prepared)):
+        if id(layer) not in swapped:
+            swapped[id(layer)] = new = _convert(layer, dtype)
+            if isinstance(layer, LatentModule):
+                owner = tied.setdefault(id(layer.weight), new)
+                if owner is not new:
+                    tie(owner, new)
+        setattr(parent, attribute, swapped[id(layer)])
+    return model
+
+
+def _float_layer(module: nn.Module) -> type[nn.Module] | None:
+    """nn.Linear or nn.Embedding when module is one, perhaps with a parametrized weight."""
+    for kind in _QAT_LAYERS:
+        if type(module) is kind:
+            return kind
+        if isinstance(module, kind) and _parametrized(module) and not _is_prepared(module):
+            return kind
+    return None
+
+
+def _parametrized(module: nn.Module) -> bool:
+    return parametrize.is_parametrized(module, "weight")
+
+
+def _is_prepared(module: nn.Module) -> bool:
+    return isinstance(module, LatentModule) or (
+        _parametrized(module) and isinstance(module.parametrizations.weight[-1], FakeQuantize)
+    )
+
+
+def _prepare(layer: nn.Module, options: dict[str, Any]) -> nn.Module:
+    if not _parametrized(layer):
+        return _QAT_LAYERS[type(layer)](layer, **options)
+    if options["rule"] == "learnable" or options["symmetric"]:
+        raise ValueError(
+            "rule must be mean, sign, optimal or minmax, not symmetric, for a parametrized "
+            f"weight, got {options['rule']}, symmetric={options['symmetric']}"
+        )
+    parametrization = FakeQuantize(options["rule"], options["group_size"])
+    parametrize.register_parametrization(layer, "weight", parametrization)
+    return layer
+
+
+@torch.no_grad()
+def _convert(layer: nn.Module, dtype: torch.dtype | None) -> OneBitModule:
+    if isinstance(layer, LatentModule):
+        packed, scales, biases = layer.quantize()
+        group_size, symmetric = layer.group_size, layer.symmetric
+    else:
+        # The weight has two values per group by now, or one: both come back exactly.
+        group_size, symmetric = layer.parametrizations.weight[-1].group_size, False
+        packed, scales, biases = torch.ops.onebit.quantize(layer.weight, group_size)
+    bias = getattr(layer, "bias", None)
+    if isinstance(layer, QATEmbedding | nn.Embedding):
+        new: OneBitModule = OneBitEmbedding(
+            layer.num_embeddings,
+            layer.embedding_dim,
+            layer.padding_idx,
+            group_size=group_size,
+            symmetric=symmetric,
+            device="meta",
+        )
+    else:
+        new = OneBitLinear(
+            layer.in_features,
+            layer.out_features,
+            bias=False,
+            group_size=group_size,
+            symmetric=symmetric,
+            device="meta",
+        )
+        new.bias = bias
+    dtype = dtype or scales.dtype
+    new._set_weight(packed, scales.to(dtype), None if biases is None else biases.to(dtype))
+    return new.train(layer.training)
