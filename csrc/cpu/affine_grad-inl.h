@@ -34,7 +34,7 @@ void add_grad(const AffineGrad& a,
   build_tables<L, kM, kWords>(a.by_column, m, group * kWords * kWordBits, table, sums);
   for (int64_t n = 0; n < rows; n += L::kRows, index += L::index_size(kWords)) {
     typename L::Vec acc[kM][L::kVectors];
-    L::template tile<kM, kWords>(index, table, acc);
+    collect<L, kM, kWords>(index, table, acc);
     ONEBIT_UNROLL
     for (int r = 0; r < L::kVectors; ++r) {
       const int64_t lane = n + r * L::kLanes;

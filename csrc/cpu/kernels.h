@@ -82,6 +82,11 @@ struct Kernels {
                    int64_t end);
   // out[(g - begin), group_size] for groups g in [begin, end) of w, rounded as w.dtype rounds.
   void (*dequantize)(const Weights& w, void* out, int64_t begin, int64_t end);
+
+  // For benchmarks: read `count` floats, do `steps` vectors of multiply-adds. The results only keep
+  // the compiler from leaving the work out.
+  float (*read_floats)(const float* p, int64_t count);
+  float (*multiply_adds)(int64_t steps, int64_t* count);
 };
 
 // The reference, one value at a time; other tables give it what they have no fast form of.

@@ -22,6 +22,8 @@ struct Shapes {
   using Stream = LookupAvx2<4>;
   using Panel = LookupAvx2<2>;
   using Narrow = LookupAvx2<2>;
+  using Stream16 = Stream;
+  using Panel16 = Panel;
   static constexpr int kTile = 64;
 };
 

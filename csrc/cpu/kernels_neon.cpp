@@ -19,6 +19,8 @@ struct Shapes {
   using Stream = LookupNeon<4>;
   using Panel = LookupNeon<4>;
   using Narrow = LookupNeon<4>;
+  using Stream16 = Stream;
+  using Panel16 = Panel;
   static constexpr int kTile = 64;
 };
 

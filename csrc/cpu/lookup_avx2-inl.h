@@ -147,11 +147,11 @@ struct LookupAvx2 : Avx2 {
     return t;
   }
 
-  // acc[m][rows] = sum of the activations of one group where the row's bit is set.
-  template <int kM, int kWords>
-  static ONEBIT_INLINE void tile(const uint32_t* index,
-                                 const float* table,
-                                 Vec (&acc)[kM][kVectors]) {
+  // emit(m, r, v): v = the sum of the activations of one group where the row's bit is set, for the
+  // rows of vector r.
+  template <int kM, int kWords, class Emit>
+  static ONEBIT_INLINE void tile(const uint32_t* index, const float* table, const Emit& emit) {
+    Vec acc[kM][kVectors];
     ONEBIT_UNROLL
     for (int m = 0; m < kM; ++m) {
       ONEBIT_UNROLL
@@ -162,6 +162,11 @@ struct LookupAvx2 : Avx2 {
       table = look_up_many<kM>(10, table, index, acc);
     }
     look_up_many<kM>(spare_lookups(kWords), table, index, acc);
+    ONEBIT_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      ONEBIT_UNROLL
+      for (int r = 0; r < kVectors; ++r) emit(m, r, acc[m][r]);
+    }
   }
 };
 

@@ -159,11 +159,11 @@ struct LookupAvx512 : Avx512 {
     }
   }
 
-  // acc[m][rows] = sum of the activations of one group where the row's bit is set.
-  template <int kM, int kWords>
-  static ONEBIT_INLINE void tile(const uint32_t* index,
-                                 const float* table,
-                                 Vec (&acc)[kM][kVectors]) {
+  // emit(m, r, v): v = the sum of the activations of one group where the row's bit is set, for the
+  // rows of vector r.
+  template <int kM, int kWords, class Emit>
+  static ONEBIT_INLINE void tile(const uint32_t* index, const float* table, const Emit& emit) {
+    Vec acc[kM][kVectors];
     const __m512i by_5 = _mm512_set1_epi16(1 << 11), by_10 = _mm512_set1_epi16(1 << 6);
     ONEBIT_UNROLL
     for (int m = 0; m < kM; ++m) {
@@ -195,6 +195,11 @@ struct LookupAvx512 : Avx512 {
       ONEBIT_UNROLL
       for (int r = 0; r < kVectors; ++r) w[r] = _mm512_srli_epi32(w[r], 16);
       look_up_4<kM>(table + 16 * kM, w, acc);
+    }
+    ONEBIT_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      ONEBIT_UNROLL
+      for (int r = 0; r < kVectors; ++r) emit(m, r, acc[m][r]);
     }
   }
 };

@@ -166,11 +166,11 @@ struct LookupNeon : Neon {
     for (int i = 0; i < kWords * kWordBits; ++i) table[i * kM + m] = x[i];
   }
 
-  // acc[m][rows] = sum of the activations of one group where the row's bit is set.
-  template <int kM, int kWords>
-  static ONEBIT_INLINE void tile(const uint32_t* index,
-                                 const float* table,
-                                 Vec (&acc)[kM][kVectors]) {
+  // emit(m, r, v): v = the sum of the activations of one group where the row's bit is set, for the
+  // rows of vector r.
+  template <int kM, int kWords, class Emit>
+  static ONEBIT_INLINE void tile(const uint32_t* index, const float* table, const Emit& emit) {
+    Vec acc[kM][kVectors];
     ONEBIT_UNROLL
     for (int m = 0; m < kM; ++m) {
       ONEBIT_UNROLL
@@ -194,6 +194,11 @@ struct LookupNeon : Neon {
         }
         bit = vshlq_n_u32(bit, 1);
       }
+    }
+    ONEBIT_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      ONEBIT_UNROLL
+      for (int r = 0; r < kVectors; ++r) emit(m, r, acc[m][r]);
     }
   }
 };

@@ -148,6 +148,16 @@ ONEBIT_INLINE void build_tables(
   }
 }
 
+// acc[m][r]: what `tile` emits.
+template <class L, int kM, int kWords>
+ONEBIT_INLINE void collect(const uint32_t* index,
+                           const float* table,
+                           typename L::Vec (&acc)[kM][L::kVectors]) {
+  L::template tile<kM, kWords>(index, table,
+                               [&](int m, int r, typename L::Vec v)
+                                   __attribute__((always_inline)) { acc[m][r] = v; });
+}
+
 // y[kM, tiles * kRows] += one group's contribution.
 template <class L, int kM, int kWords>
 ONEBIT_INLINE void add_group(const uint32_t* index,
@@ -159,17 +169,13 @@ ONEBIT_INLINE void add_group(const uint32_t* index,
                              int64_t tiles,
                              int64_t ld) {
   for (int64_t t = 0; t < tiles; ++t) {
-    typename L::Vec acc[kM][L::kVectors];
-    L::template tile<kM, kWords>(index, table, acc);
-    ONEBIT_UNROLL
-    for (int r = 0; r < L::kVectors; ++r) {
-      const auto scale = L::load(scales + r * L::kLanes), bias = L::load(biases + r * L::kLanes);
-      ONEBIT_UNROLL
-      for (int m = 0; m < kM; ++m) {
-        float* out = y + m * ld + r * L::kLanes;
-        L::store(out, L::fma(bias, L::set(sums[m]), L::fma(scale, acc[m][r], L::load(out))));
-      }
-    }
+    L::template tile<kM, kWords>(
+        index, table, [&](int m, int r, typename L::Vec set) __attribute__((always_inline)) {
+          float* out = y + m * ld + r * L::kLanes;
+          const auto scale = L::load(scales + r * L::kLanes);
+          const auto bias = L::load(biases + r * L::kLanes);
+          L::store(out, L::fma(bias, L::set(sums[m]), L::fma(scale, set, L::load(out))));
+        });
     index += L::index_size(kWords);
     scales += L::kRows;
     biases += L::kRows;

@@ -54,7 +54,7 @@ void add_unit(const QmmArgs& a,
     }
     for (int t = 0; t < kTiles; ++t, index += L::index_size(kUnitWords), acc += L::kRows) {
       typename L::Vec sum[kM][L::kVectors];
-      L::template tile<kM, kUnitWords>(index, table, sum);
+      collect<L, kM, kUnitWords>(index, table, sum);
       ONEBIT_UNROLL
       for (int i = 0; i < kM; ++i) {
         ONEBIT_UNROLL
