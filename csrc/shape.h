@@ -49,12 +49,19 @@ inline bool is_value_type(at::ScalarType type) {
   return type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kDouble;
 }
 
+inline void check_dense(const char* name, const Tensor& t) {
+  TORCH_CHECK_VALUE(
+      t.layout() == at::kStrided, name, " must be a dense tensor, got layout ", t.layout());
+}
+
 inline void check_values(const char* name, const Tensor& t) {
+  check_dense(name, t);
   TORCH_CHECK_VALUE(is_value_type(t.scalar_type()), name,
                     " must be float32, float16, bfloat16 or float64, got ", t.scalar_type());
 }
 
 inline void check_indices(const char* name, const Tensor& t) {
+  check_dense(name, t);
   TORCH_CHECK_VALUE(t.scalar_type() == at::kInt || t.scalar_type() == at::kLong, name,
                     " must be int32 or int64, got ", t.scalar_type());
 }
@@ -85,6 +92,7 @@ void check_sizes(const char* name,
 template <class Int>
 Int check_packed(const Tensor& packed, int64_t group_size, int64_t min_dim) {
   check_group_size(group_size);
+  check_dense("packed", packed);
   TORCH_CHECK_VALUE(packed.scalar_type() == at::kInt || packed.scalar_type() == at::kUInt32,
                     "packed must be int32 or uint32, got ", packed.scalar_type());
   TORCH_CHECK_VALUE(packed.dim() >= min_dim, "packed must have at least ", min_dim,

@@ -1,11 +1,39 @@
 """Fixtures that choose where a test runs: device and CPU instruction set."""
 
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 
 import torch_onebit  # noqa: F401  (loads the operators)
 
-DEVICES = ["cpu"] + (["mps"] if torch.backends.mps.is_available() else [])
+DEVICES = ["cpu"]
+if torch.backends.mps.is_available():
+    DEVICES.append("mps")
+elif sys.platform == "linux" and find_spec("ziglang"):
+    # Where there is no Apple GPU the real csrc/mps and metal/ run on an emulated one.
+    sys.path.insert(0, str(Path(__file__).parent / "metal"))
+    import host_build
+
+    host_build.load()
+    DEVICES.append("mps")
+
+
+def pytest_collection_modifyitems(config, items):
+    """On mps there is no float64, and nothing to gain from one run per CPU instruction set."""
+    last_isa = torch.ops.onebit.cpu_isas()[-1]
+
+    def runs(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if params.get("device") != "mps":
+            return True
+        values = [v for p in params.values() for v in (p if isinstance(p, tuple) else (p,))]
+        return torch.float64 not in values and params.get("isa", last_isa) == last_isa
+
+    config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
+    items[:] = [item for item in items if runs(item)]
 
 
 @pytest.fixture(autouse=True)

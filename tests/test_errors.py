@@ -124,11 +124,11 @@ OUT_OF_RANGE = [
 
 
 @pytest.mark.parametrize("op, argument, values, message", OUT_OF_RANGE)
-def test_index_out_of_range(op, argument, values, message, device):
+def test_index_out_of_range(op, argument, values, message):
+    # On the CPU: a GPU would have to be waited for, and writes NaN instead.
     arguments = {**valid(op), argument: torch.tensor(values)}
-    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     with pytest.raises(IndexError, match=message):
-        getattr(ops, op)(**moved)
+        getattr(ops, op)(**arguments)
 
 
 def test_index_into_no_rows():
@@ -150,15 +150,21 @@ def test_sizes_beyond_int32_do_not_overflow(device):
             ops.qmm(x, packed, scales, None, 32)
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [torch.Tensor.to_sparse, lambda t: t.to_mkldnn(), lambda t: t.to(torch.complex64)],
-    ids=["sparse", "mkldnn", "complex"],
-)
-def test_tensors_that_are_not_plain_are_refused(spoil):
+NOT_PLAIN = [
+    (lambda t: t.to_sparse(), "x must be a dense tensor, got layout Sparse"),
+    (lambda t: t.to_mkldnn(), "x must be a dense tensor, got layout Mkldnn"),
+    (
+        lambda t: t.to(torch.complex64),
+        "x must be float32, float16, bfloat16 or float64, got Complex",
+    ),
+]
+
+
+@pytest.mark.parametrize("spoil, message", NOT_PLAIN, ids=["sparse", "mkldnn", "complex"])
+def test_tensors_that_are_not_plain_are_refused(spoil, message):
     arguments = valid("qmm")
     arguments["x"] = spoil(arguments["x"])
-    with pytest.raises((NotImplementedError, ValueError, RuntimeError)):
+    with pytest.raises(ValueError, match=message):
         ops.qmm(**arguments)
 
 

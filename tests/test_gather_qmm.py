@@ -21,8 +21,7 @@ def torch_gather_qmm(x, packed, scales, biases, lhs, rhs, group_size, transpose=
 
 
 def assert_gather_qmm(*args):
-    lhs, rhs, *rest = args[4:]
-    expected = reference.gather_qmm(*(to_numpy(t) for t in args[:4]), lhs, rhs, *rest)
+    expected = reference.gather_qmm(*(to_numpy(t) for t in args[:6]), *args[6:])
     assert_as_accurate_as_torch(gather_qmm(*args), torch_gather_qmm(*args), expected)
 
 

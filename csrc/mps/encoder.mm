@@ -1,0 +1,157 @@
+// Objective-C++: compiles the embedded shaders once, keeps pipelines, binds buffers and dispatches.
+// It takes no decision: what runs and on which grid comes from launch_plan.h.
+#include "encoder.h"
+
+#include <ATen/mps/MPSStream.h>
+#include <Foundation/Foundation.h>
+#include <Metal/Metal.h>
+#include <c10/util/Exception.h>
+
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "shader_source.h"
+
+// The Linux tests run this file without ARC, on a fake Metal that never frees.
+#if !__has_feature(objc_arc) && !defined(ONEBIT_EMULATED_METAL)
+#error "compile with -fobjc-arc"
+#endif
+
+namespace onebit::mps {
+namespace {
+
+std::string text(NSString* string) { return string ? [string UTF8String] : ""; }
+std::string text(NSError* error) { return error ? text([error localizedDescription]) : "no reason"; }
+
+std::string machine(id<MTLDevice> device) {
+  return text([device name]) + ", macOS " +
+         text([[NSProcessInfo processInfo] operatingSystemVersionString]);
+}
+
+std::string function_name(const Pipeline& p) {
+  std::string name = std::string(kernel_name(p.kernel)) + "_" + type_name(p.type);
+  if (p.rows) name += "_" + std::to_string(p.rows);
+  // float sums are what a float product writes anyway
+  if (p.partial && p.type != ValueType::kFloat) name += "_partial";
+  return name;
+}
+
+id<MTLLibrary> compile(id<MTLDevice> device) {
+  MTLCompileOptions* options = [MTLCompileOptions new];
+  options.languageVersion = MTLLanguageVersion3_1;  // the first with bfloat
+  // Fast math, the default, drops NaN and infinities, and quantize is exact.
+  if (@available(macOS 15.0, *)) {
+    options.mathMode = MTLMathModeSafe;
+  } else {
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wdeprecated-declarations"
+    options.fastMathEnabled = NO;
+#pragma clang diagnostic pop
+  }
+  NSError* error = nil;
+  id<MTLLibrary> library =
+      [device newLibraryWithSource:[NSString stringWithUTF8String:kShaderSource]
+                           options:options
+                             error:&error];
+  TORCH_CHECK(library, "the Metal kernels of torch_onebit do not compile on ", machine(device),
+              ": ", text(error));
+  return library;
+}
+
+class Pipelines {
+ public:
+  id<MTLComputePipelineState> find(id<MTLDevice> device, const Launch& launch) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto known = pipelines_.find(launch.pipeline.key());
+    if (known != pipelines_.end()) return known->second;
+    if (!library_) library_ = compile(device);
+    id<MTLComputePipelineState> pipeline = create(device, launch);
+    pipelines_[launch.pipeline.key()] = pipeline;
+    return pipeline;
+  }
+
+ private:
+  id<MTLComputePipelineState> create(id<MTLDevice> device, const Launch& launch) {
+    const uint32_t levels = static_cast<uint32_t>(launch.pipeline.levels);
+    const bool has_biases = launch.pipeline.has_biases, indexed = launch.pipeline.indexed;
+    MTLFunctionConstantValues* constants = [MTLFunctionConstantValues new];
+    [constants setConstantValue:&levels type:MTLDataTypeUInt atIndex:kLevelTypeConstant];
+    [constants setConstantValue:&has_biases type:MTLDataTypeBool atIndex:kHasBiasesConstant];
+    [constants setConstantValue:&indexed type:MTLDataTypeBool atIndex:kIndexedConstant];
+
+    const std::string name = function_name(launch.pipeline);
+    NSError* error = nil;
+    id<MTLFunction> function =
+        [library_ newFunctionWithName:[NSString stringWithUTF8String:name.c_str()]
+                       constantValues:constants
+                                error:&error];
+    TORCH_CHECK(function, "the Metal kernel ", name, " is missing on ", machine(device), ": ",
+                text(error));
+    id<MTLComputePipelineState> pipeline = [device newComputePipelineStateWithFunction:function
+                                                                                 error:&error];
+    TORCH_CHECK(pipeline, "the Metal kernel ", name, " has no pipeline on ", machine(device), ": ",
+                text(error));
+    TORCH_CHECK([pipeline threadExecutionWidth] == kLanes, "the Metal kernel ", name,
+                " must run in simdgroups of ", kLanes, ", got ",
+                static_cast<size_t>([pipeline threadExecutionWidth]), " on ", machine(device));
+    TORCH_CHECK([pipeline maxTotalThreadsPerThreadgroup] >= launch.threads, "the Metal kernel ",
+                name, " must run in threadgroups of ", launch.threads, ", got at most ",
+                static_cast<size_t>([pipeline maxTotalThreadsPerThreadgroup]), " on ",
+                machine(device));
+    return pipeline;
+  }
+
+  std::mutex mutex_;
+  id<MTLLibrary> library_ = nil;
+  std::unordered_map<uint32_t, id<MTLComputePipelineState>> pipelines_;
+};
+
+// Never destroyed: at exit the Metal runtime may be gone before static destructors run.
+Pipelines& pipelines() {
+  static auto* const instance = new Pipelines;
+  return *instance;
+}
+
+void bind(id<MTLComputeCommandEncoder> encoder, const Work& work) {
+  for (size_t i = 0; i < work.buffers.size(); i++) {
+    const at::Tensor& t = work.buffers[i];
+    if (!t.defined()) continue;
+    // An MPS storage holds the MTLBuffer itself; data_ptr would add the offset to its address.
+    id<MTLBuffer> buffer = (__bridge id<MTLBuffer>)t.storage().data();
+    [encoder setBuffer:buffer offset:t.storage_offset() * t.element_size() atIndex:i];
+  }
+  [encoder setBytes:work.params length:work.params_size atIndex:work.buffers.size()];
+}
+
+}  // namespace
+
+void encode(at::ArrayRef<Work> works) {
+  @autoreleasepool {
+    at::mps::MPSStream* stream = at::mps::getCurrentMPSStream();
+    // Everything that can throw comes before the block: an exception that leaves it ends the process.
+    std::vector<id<MTLComputePipelineState>> states;
+    for (const Work& work : works) states.push_back(pipelines().find(stream->device(), work.launch));
+    const auto* const ready = &states;
+    dispatch_sync(stream->queue(), ^{
+      id<MTLComputeCommandEncoder> encoder = stream->commandEncoder();
+      for (size_t i = 0; i < works.size(); i++) {
+        const Launch& launch = works[i].launch;
+        if (i > 0) [encoder memoryBarrierWithScope:MTLBarrierScopeBuffers];
+        [encoder setComputePipelineState:(*ready)[i]];
+        bind(encoder, works[i]);
+        [encoder dispatchThreadgroups:MTLSizeMake(launch.groups.x, launch.groups.y, launch.groups.z)
+                threadsPerThreadgroup:MTLSizeMake(launch.threads, 1, 1)];
+      }
+    });
+  }
+}
+
+Gpu current_gpu() {
+  @autoreleasepool {
+    return gpu_of(text([at::mps::getCurrentMPSStream()->device() name]).c_str());
+  }
+}
+
+}  // namespace onebit::mps

@@ -1,0 +1,293 @@
+// Which Metal kernel runs, on which grid: decided here, in pure C++ that every platform compiles and
+// tests; encoder.mm only carries it out.
+#pragma once
+
+#include <cstdint>
+
+#include "../../metal/params.h"
+
+namespace onebit::mps {
+
+// Kernels and what they are called with
+// ---------------------------------------------------------------------------------------
+
+enum class Kernel : uint8_t {
+  kQuantize,
+  kDecode,
+  kQmv,
+  kQmvWide,
+  kQmm,
+  kQmmSorted,
+  kQmmN,
+  kQvm,
+  kSumPartials,
+  kAffineGrad,
+};
+
+constexpr const char* kernel_name(Kernel kernel) {
+  constexpr const char* names[] = {"quantize",   "decode", "qmv", "qmv_wide",     "qmm",
+                                   "qmm_sorted", "qmm_n",  "qvm", "sum_partials", "affine_grad"};
+  return names[static_cast<int>(kernel)];
+}
+
+enum class ValueType : uint8_t { kFloat, kHalf, kBFloat };
+
+constexpr const char* type_name(ValueType type) {
+  constexpr const char* names[] = {"float", "half", "bfloat"};
+  return names[static_cast<int>(type)];
+}
+
+// A compiled kernel: its instance and the values of its function constants.
+struct Pipeline {
+  Kernel kernel;
+  ValueType type;      // of x and y; of w and its levels in quantize and decode
+  uint8_t rows;        // instance of qmv_wide, 0 for the other kernels
+  bool partial;        // writes float sums that sum_partials adds up
+  ValueType levels;    // of scales and biases
+  bool has_biases;
+  bool indexed;
+
+  constexpr uint32_t key() const {
+    return static_cast<uint32_t>(kernel) | static_cast<uint32_t>(type) << 4 |
+           static_cast<uint32_t>(levels) << 6 | static_cast<uint32_t>(rows) << 8 |
+           static_cast<uint32_t>(partial) << 12 | static_cast<uint32_t>(has_biases) << 13 |
+           static_cast<uint32_t>(indexed) << 14;
+  }
+};
+
+struct Grid {
+  uint32_t x = 1, y = 1, z = 1;
+};
+
+struct Launch {
+  Pipeline pipeline;
+  Grid groups;       // threadgroups
+  uint32_t threads;  // per threadgroup
+};
+
+constexpr uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
+constexpr uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
+// 1, 2 or 4 words in a group.
+constexpr uint32_t group_shift(int64_t group_size) {
+  return group_size == 32 ? 0 : group_size == 64 ? 1 : 2;
+}
+
+// The GPU
+// ---------------------------------------------------------------------------------------
+
+struct Gpu {
+  int generation;  // 1 for the M1; 0 when the name is not known
+  uint32_t cores;  // of the smallest chip of that name
+};
+
+// Metal does not tell the number of cores; the name bounds it from below: M1 7, M1 Pro 14, ...
+constexpr uint32_t kBaseCores = 7, kProCores = 14, kMaxCores = 24, kUltraCores = 48;
+
+// "Apple M3 Max" -> {3, 24}.
+constexpr Gpu gpu_of(const char* name) {
+  Gpu gpu = {0, kBaseCores};
+  for (const char* c = name; *c; c++) {
+    if (c[0] == ' ' && c[1] == 'M' && c[2] >= '0' && c[2] <= '9') {
+      for (const char* digit = c + 2; *digit >= '0' && *digit <= '9'; digit++) {
+        gpu.generation = gpu.generation * 10 + (*digit - '0');
+      }
+    }
+    if (c[0] == ' ' && c[1] == 'P' && c[2] == 'r') gpu.cores = kProCores;
+    if (c[0] == ' ' && c[1] == 'M' && c[2] == 'a') gpu.cores = kMaxCores;
+    if (c[0] == ' ' && c[1] == 'U' && c[2] == 'l') gpu.cores = kUltraCores;
+  }
+  return gpu;
+}
+
+// Selection: rows of data, the first that fits. Numbers marked * are reasoned, not measured: no run
+// on Apple hardware has checked them yet.
+// ---------------------------------------------------------------------------------------
+
+struct ProductRule {
+  bool transpose;
+  int min_generation;
+  uint32_t max_m;  // rows of x in one product
+  Kernel kernel;
+};
+
+constexpr uint32_t kAnyM = ~0u;
+
+constexpr ProductRule kProductRules[] = {
+    // One row: bound by the memory that holds w, which qmv reads once in full lines.
+    {true, 0, 1, Kernel::kQmv},
+    // A weight costs 3 operations to decode and M to multiply; in qmm, whose tile always has 32 rows,
+    // 32 and its way through threadgroup memory. 8 rows are what the registers hold: the sums of 4
+    // outputs and the values of x take 64 of 128 *.
+    {true, 0, kWideMaxM, Kernel::kQmvWide},
+    // Above, a second pass over w would cost more than the idle rows of a tile *.
+    {true, 0, kAnyM, Kernel::kQmm},
+    {false, 0, 1, Kernel::kQvm},
+    // 2 to 8 rows of x against w [k, n] come from training steps on tiny batches only: no kernel of
+    // their own. w is read once all the same.
+    {false, 0, kAnyM, Kernel::kQmmN},
+};
+
+constexpr Kernel product_kernel(bool transpose, uint32_t m, const Gpu& gpu) {
+  for (const ProductRule& rule : kProductRules) {
+    if (rule.transpose == transpose && gpu.generation >= rule.min_generation && m <= rule.max_m) {
+      return rule.kernel;
+    }
+  }
+  return Kernel::kQmm;  // not reached: the rules end with any m
+}
+
+// How many threadgroups of 128 or 256 threads keep one core busy *: a core of the M1 and M2 holds
+// 24 simdgroups of kernels this size; M3 and later give registers out dynamically and hold more.
+struct FillRule {
+  int min_generation;
+  uint32_t groups_per_core;
+};
+constexpr FillRule kFillRules[] = {{3, 8}, {0, 4}};
+
+constexpr uint32_t groups_to_fill(const Gpu& gpu) {
+  for (const FillRule& rule : kFillRules) {
+    if (gpu.generation >= rule.min_generation) return rule.groups_per_core * gpu.cores;
+  }
+  return gpu.cores;
+}
+
+// Rows of k below which a split costs more in partial sums than it wins: of qvm, 8 bytes written
+// and read per output against 512 / 8 bytes of w, one eighth.
+constexpr uint32_t kMinSplitK = 512;
+// A split starts at a whole group.
+constexpr uint32_t kSplitAlign = 128;
+
+// Terms of k in one split, such that `tiles` times the splits fill the GPU; k for no split.
+constexpr uint32_t split_k(uint32_t k, uint32_t tiles, const Gpu& gpu) {
+  const uint32_t wanted = groups_to_fill(gpu);
+  if (tiles * 2 > wanted || k < 2 * kMinSplitK) return k;
+  const uint32_t splits = smaller(ceil_div(wanted, tiles), k / kMinSplitK);
+  return ceil_div(ceil_div(k, splits), kSplitAlign) * kSplitAlign;
+}
+
+// Products: qmm, gather_qmm
+// ---------------------------------------------------------------------------------------
+
+struct Product {
+  uint32_t m, n, k;
+  int64_t group_size;
+  bool transpose;
+  uint32_t batches, x_matrices, w_matrices;
+  bool indexed;       // w_index and x_index say which matrices meet; else there is one of each
+  bool sorted;        // w_index ascends
+  ValueType type;     // of x and y
+  ValueType levels;   // of scales and biases
+  bool has_biases;
+};
+
+struct ProductPlan {
+  Launch product;
+  QmmParams params;
+  uint32_t splits;  // above 1, `sum` follows
+  Launch sum;
+  SumParams sum_params;
+};
+
+// Rows that one matrix of w must get on average for qmm_sorted to beat a qmv for each row: a tile
+// of 32 rows multiplies all of them whatever it is given *.
+constexpr uint32_t kSortedRowsPerMatrix = 8;
+
+// Instances of qmv_wide.
+constexpr uint8_t kWideInstances[] = {2, 3, 4, 6, 8};
+
+constexpr uint8_t wide_rows(uint32_t m) {
+  for (const uint8_t rows : kWideInstances) {
+    if (m <= rows) return rows;
+  }
+  return kWideMaxM;
+}
+
+constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu) {
+  ProductPlan plan = {};
+  plan.params = {p.m,          p.n,          p.k,       group_shift(p.group_size),
+                 p.x_matrices, p.w_matrices, p.batches, p.k};
+  plan.splits = 1;
+  Launch& launch = plan.product;
+  launch.pipeline = {product_kernel(p.transpose, p.m, gpu), p.type, 0, false, p.levels,
+                     p.has_biases, p.indexed};
+  const bool rows_by_matrix = p.transpose && p.m == 1 && p.indexed && p.sorted &&
+                              p.batches / p.w_matrices >= kSortedRowsPerMatrix;
+  if (rows_by_matrix) launch.pipeline.kernel = Kernel::kQmmSorted;
+
+  uint32_t tiles = 0;  // of kernels that can split k
+  switch (launch.pipeline.kernel) {
+    case Kernel::kQmv:
+      launch.groups = {ceil_div(p.n, kQmvRows * kQmvSimdgroups), 1, p.batches};
+      launch.threads = kQmvSimdgroups * kLanes;
+      break;
+    case Kernel::kQmvWide:
+      launch.pipeline.rows = wide_rows(p.m);
+      launch.groups = {ceil_div(p.n, kWideRows * kWideSimdgroups), 1, p.batches};
+      launch.threads = kWideSimdgroups * kLanes;
+      break;
+    case Kernel::kQmmSorted:
+      launch.groups = {ceil_div(p.n, kTileN), ceil_div(p.batches, kTileM), 1};
+      launch.threads = kTileThreads;
+      break;
+    case Kernel::kQvm:
+      launch.groups = {ceil_div(p.n, kWordBits * kLanes), 1, p.batches};
+      launch.threads = kQvmSimdgroups * kLanes;
+      tiles = launch.groups.x * p.batches;
+      break;
+    default:
+      launch.groups = {ceil_div(p.n, p.transpose ? kTileN : kTileWideN), ceil_div(p.m, kTileM),
+                       p.batches};
+      launch.threads = kTileThreads;
+      tiles = launch.groups.x * launch.groups.y * p.batches;
+      break;
+  }
+  if (tiles > 0) {
+    plan.params.split_k = split_k(p.k, tiles, gpu);
+    plan.splits = ceil_div(p.k, plan.params.split_k);
+  }
+  if (plan.splits > 1) {
+    launch.groups.z *= plan.splits;
+    launch.pipeline.partial = true;
+    plan.sum_params = {p.batches * p.m * p.n, plan.splits};
+    plan.sum.pipeline = {Kernel::kSumPartials, p.type, 0, false, p.levels, false, false};
+    plan.sum.groups = {ceil_div(plan.sum_params.count, kSumThreads), 1, 1};
+    plan.sum.threads = kSumThreads;
+  }
+  return plan;
+}
+
+// quantize, dequantize, embedding, affine_grad
+// ---------------------------------------------------------------------------------------
+
+constexpr Launch plan_quantize(const QuantizeParams& p, ValueType type) {
+  return {{Kernel::kQuantize, type, 0, false, type, false, false},
+          {ceil_div(p.groups, kQuantizeSimdgroups), 1, 1},
+          kQuantizeSimdgroups * kLanes};
+}
+
+// `rows` of the result: of embedding, the number of indices; of dequantize, one.
+constexpr Launch plan_decode(
+    const DecodeParams& p, uint32_t rows, ValueType type, bool has_biases, bool indexed) {
+  return {{Kernel::kDecode, type, 0, false, type, has_biases, indexed},
+          {ceil_div(p.words * 4, kDecodeThreads), rows, 1},
+          kDecodeThreads};
+}
+
+constexpr Launch plan_affine_grad(const AffineGradParams& p, ValueType type, bool indexed) {
+  return {{Kernel::kAffineGrad, type, 0, false, ValueType::kFloat, false, indexed},
+          {ceil_div(p.columns, kWordBits * kLanes), ceil_div(p.rows, kGradRows * kGradSimdgroups),
+           p.w_matrices},
+          kGradSimdgroups * kLanes};
+}
+
+// What the shaders rely on
+// ---------------------------------------------------------------------------------------
+
+static_assert(gpu_of("Apple M3 Max").generation == 3 && gpu_of("Apple M3 Max").cores == kMaxCores);
+static_assert(kSplitAlign % 128 == 0 && kSplitAlign % kTileK == 0, "a split is whole groups");
+static_assert(kTileWideN == kTileThreads, "qmm_n stores one column per thread");
+static_assert(kQvmSimdgroups == 8, "qvm reduces 8 of a lane's sums at a time");
+static_assert(sizeof(QmmParams) == 32 && sizeof(AffineGradParams) == 32, "no padding");
+
+}  // namespace onebit::mps

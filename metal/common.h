@@ -1,0 +1,68 @@
+// Shared by the kernels: function constants, levels of a group, blocks of x, matrices of a batch.
+#pragma once
+#include <metal_stdlib>
+#include <metal_simdgroup>
+#include <metal_simdgroup_matrix>
+
+#include "params.h"
+
+using namespace metal;
+using namespace onebit;
+
+// The dtype of the levels is a function constant and not a template parameter: three instances of
+// a kernel instead of nine, and no conversion pass over scales when dtypes are mixed.
+constant uint kLevelType [[function_constant(0)]];
+constant bool kHasBiases [[function_constant(1)]];
+constant bool kIndexed [[function_constant(2)]];
+
+// Writes the signature of a kernel once.
+#define ONEBIT_INSTANTIATE(name, ...) \
+  template [[host_name(name)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
+
+inline float read_level(const device void* values, uint i) {
+  if (kLevelType == kLevelHalf) return float(((const device half*)values)[i]);
+  if (kLevelType == kLevelBFloat) return float(((const device bfloat*)values)[i]);
+  return ((const device float*)values)[i];
+}
+
+// A weight of the group is scale * bit + bias.
+struct Levels {
+  float scale;
+  float bias;
+};
+
+inline Levels read_levels(const device void* scales, const device void* biases, uint i) {
+  Levels levels;
+  levels.scale = read_level(scales, i);
+  levels.bias = kHasBiases ? read_level(biases, i) : -0.5f * levels.scale;
+  return levels;
+}
+
+inline bool bit_of(uint bits, uint i) { return ((bits >> i) & 1u) != 0; }
+
+// The host keeps x aligned for this: its byte offset is a multiple of four elements.
+template <typename T>
+inline vec<float, 4> read_four(const device T* x) {
+  return vec<float, 4>(*(const device vec<T, 4>*)x);
+}
+
+// Which matrices of x and w meet in output matrix b. An index outside its range has no matrix: the
+// kernel then writes NaN, for raising an error would make every call wait for the GPU.
+struct Matrices {
+  uint x, w;
+  bool valid;
+};
+
+inline Matrices find_matrices(const device long* x_index,
+                              const device long* w_index,
+                              constant QmmParams& p,
+                              uint b) {
+  Matrices found = {0, 0, true};
+  if (kIndexed) {
+    const long x = x_index[b], w = w_index[b];
+    found.valid = x >= 0 && x < long(p.x_matrices) && w >= 0 && w < long(p.w_matrices);
+    found.x = found.valid ? uint(x) : 0;
+    found.w = found.valid ? uint(w) : 0;
+  }
+  return found;
+}

@@ -1,0 +1,87 @@
+// What the host and the shaders must agree on: arguments, tile sizes, function constants.
+#pragma once
+#if !defined(__METAL_VERSION__)
+#include <cstdint>
+#endif
+
+#include "../csrc/format.h"
+
+namespace onebit {
+
+ONEBIT_CONSTANT uint32_t kLanes = 32;  // of a simdgroup, on every Apple GPU
+
+// Function constants: a pipeline is compiled for one value of each, so a branch on them is free.
+ONEBIT_CONSTANT uint32_t kLevelTypeConstant = 0;
+ONEBIT_CONSTANT uint32_t kHasBiasesConstant = 1;
+ONEBIT_CONSTANT uint32_t kIndexedConstant = 2;
+
+// dtype of scales and biases in the products, which is independent of that of x.
+ONEBIT_CONSTANT uint32_t kLevelFloat = 0;
+ONEBIT_CONSTANT uint32_t kLevelHalf = 1;
+ONEBIT_CONSTANT uint32_t kLevelBFloat = 2;
+
+// Arguments. group_shift is log2 of the words in a group; every size counts elements.
+
+struct QuantizeParams {
+  uint32_t groups;
+  uint32_t group_words;
+};
+ONEBIT_CONSTANT uint32_t kQuantizeSimdgroups = 8;
+
+struct DecodeParams {
+  uint32_t rows;         // of packed; one when all of it is decoded as one long row
+  uint32_t words;        // of a row
+  uint32_t group_shift;
+};
+ONEBIT_CONSTANT uint32_t kDecodeThreads = 256;  // 8 values each: one byte of packed
+
+// y[b] [m, n] = x[x_index[b]] [m, k] . w[w_index[b]]; the indices are null when there is one matrix
+// of each.
+struct QmmParams {
+  uint32_t m, n, k;
+  uint32_t group_shift;
+  uint32_t x_matrices, w_matrices;
+  uint32_t batches;
+  uint32_t split_k;  // terms of k in one split; k when the sum is not split
+};
+
+// qmv: one row of x. A simdgroup owns kQmvRows outputs.
+ONEBIT_CONSTANT uint32_t kQmvRows = 8;
+ONEBIT_CONSTANT uint32_t kQmvSimdgroups = 2;
+
+// qmv_wide: 2 to 8 rows of x share every decoded weight.
+ONEBIT_CONSTANT uint32_t kWideRows = 4;
+ONEBIT_CONSTANT uint32_t kWideSimdgroups = 2;
+ONEBIT_CONSTANT uint32_t kWideMaxM = 8;
+
+// qmm: tiles of y [kTileM, kTileN], k in steps of one word.
+ONEBIT_CONSTANT uint32_t kTileM = 32;
+ONEBIT_CONSTANT uint32_t kTileN = 32;
+// qmm_n: a tile is as wide as the largest group, so that every scale is read once per tile row.
+ONEBIT_CONSTANT uint32_t kTileWideN = 128;
+ONEBIT_CONSTANT uint32_t kTileK = 16;
+ONEBIT_CONSTANT uint32_t kTileThreads = 128;
+
+// qvm: a lane owns one word, 32 outputs; simdgroups share the rows of w.
+ONEBIT_CONSTANT uint32_t kQvmSimdgroups = 8;
+
+struct SumParams {
+  uint32_t count;   // elements of y
+  uint32_t splits;  // partial sums of each
+};
+ONEBIT_CONSTANT uint32_t kSumThreads = 256;
+
+// grad_scales, grad_biases [w_matrices, rows, groups] of w [rows, columns]: dW = by_row^T .
+// by_column, with by_row [m, rows] the gradient and by_column [m, columns] x, or the other way
+// round when w is not transposed.
+struct AffineGradParams {
+  uint32_t m, rows, columns;
+  uint32_t group_shift;
+  uint32_t batches;      // matrices of the gradient
+  uint32_t x_matrices, w_matrices;
+  uint32_t x_by_row;     // 1 when x is by_row
+};
+ONEBIT_CONSTANT uint32_t kGradRows = 4;
+ONEBIT_CONSTANT uint32_t kGradSimdgroups = 4;
+
+}  // namespace onebit

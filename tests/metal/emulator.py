@@ -1,0 +1,155 @@
+"""Builds .metal files into a library that runs their kernels on the CPU, and dispatches them."""
+
+import ctypes
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import toolchain
+from msl.tokens import MslError
+from msl.translate import Translator, entries, preprocess
+
+RUNTIME = toolchain.HERE / "runtime"
+# -fsanitize=thread makes every load and store call a hook; the hooks are ours (memory.cpp).
+# -ffp-contract=off: a*b+c must not fuse here when the source does not ask for it.
+KERNEL_FLAGS = [
+    *("g++", "-std=c++17", "-O1", "-g1", "-gdwarf-4", "-fPIC", "-w", "-ffp-contract=off", f"-I{RUNTIME}"),
+    *("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
+]
+RUNTIME_FLAGS = ["g++", "-std=c++17", "-O2", "-g1", "-fPIC", "-Wall", "-fvisibility=hidden"]
+FORWARD, REVERSE, RANDOM = range(3)
+
+
+class EmulatorError(Exception):
+    """A kernel did what it must not; the message says where."""
+
+
+class Buffer(ctypes.Structure):
+    _fields_ = [
+        ("host", ctypes.c_void_p),
+        ("length", ctypes.c_uint64),
+        ("read_only", ctypes.c_int32),
+        ("initialised", ctypes.c_int32),
+        ("offset", ctypes.c_uint64),
+        ("bytes_read", ctypes.c_uint64),
+        ("unwritten", ctypes.c_int64),
+    ]
+
+
+class Dispatch(ctypes.Structure):
+    _fields_ = [
+        ("kernel", ctypes.c_char_p),
+        ("groups", ctypes.c_uint32 * 3),
+        ("threads", ctypes.c_uint32 * 3),
+        ("buffers", Buffer * 31),
+        ("schedule", ctypes.c_int32),
+        ("seed", ctypes.c_uint64),
+        ("count_traffic", ctypes.c_int32),
+        ("flush_denormals", ctypes.c_int32),
+    ]
+
+
+def build(sources: list[Path], include: list[Path] = (), defines: tuple[str, ...] = ()) -> Path:
+    """One shared library of all kernels in `sources`; cached by content."""
+    merged = "".join(f'#include "{s.resolve()}"\n' for s in sources)
+    cache = toolchain.cache_directory()
+    umbrella = cache / f"umbrella-{toolchain.digest(merged)}.metal"
+    umbrella.write_text(merged)
+    unit = Translator(preprocess(umbrella, list(include), defines))
+    body = '#include "msl.h"\n' + unit.translate() + "\n" + entries(unit)
+    if unit.errors:
+        raise MslError("\n".join(unit.errors))
+    headers = sorted(RUNTIME.glob("*.h"))
+    key = toolchain.digest(body)
+    cpp = cache / f"kernels-{key}.cpp"
+    if not cpp.exists():
+        cpp.write_text(body)
+    objects = [toolchain.object_file(cpp, KERNEL_FLAGS, headers)]
+    objects += [
+        toolchain.object_file(s, RUNTIME_FLAGS, headers) for s in sorted(RUNTIME.glob("*.cpp"))
+    ]
+    library = cache / f"emulator-{toolchain.digest(*(o.name for o in objects))}.so"
+    if not library.exists():
+        scratch = library.with_name(f"{library.name}.{os.getpid()}")
+        toolchain.run(["g++", "-shared", "-o", str(scratch), *map(str, objects)])
+        scratch.rename(library)
+    return library
+
+
+class Library:
+    def __init__(self, sources: list[Path], include: list[Path] = (), defines=()):
+        self.path = build(sources, include, defines)
+        self._c = ctypes.CDLL(str(self.path))
+        self._c.emu_kernel_name.restype = ctypes.c_char_p
+        self.traffic: dict[int, int] = {}
+
+    def kernels(self) -> list[str]:
+        names = []
+        while name := self._c.emu_kernel_name(len(names)):
+            names.append(name.decode())
+        return names
+
+    def set_constant(self, index: int, value: np.generic) -> None:
+        data = np.array(value)
+        found = self._c.emu_set_function_constant(
+            index, ctypes.c_void_p(data.ctypes.data), ctypes.c_uint64(data.nbytes)
+        )
+        if found <= 0:
+            raise EmulatorError(f"function constant {index} of {data.nbytes} bytes: {found} found")
+
+    def run(
+        self,
+        kernel: str,
+        inputs: dict[int, np.ndarray],
+        outputs: dict[int, np.ndarray],
+        groups: tuple[int, ...],
+        threads: tuple[int, ...],
+        schedule: int = FORWARD,
+        seed: int = 1,
+        offsets: dict[int, int] | None = None,
+        count_traffic: bool = False,
+        flush_denormals: bool = False,
+    ) -> None:
+        """Runs one dispatch. `outputs` start uninitialised and must be written in full."""
+        d = Dispatch(kernel=kernel.encode(), schedule=schedule, seed=seed)
+        d.count_traffic, d.flush_denormals = count_traffic, flush_denormals
+        d.groups[:] = [*groups, 1, 1][:3]
+        d.threads[:] = [*threads, 1, 1][:3]
+        for read_only, arrays in ((1, inputs), (0, outputs)):
+            for index, array in arrays.items():
+                if not array.flags.c_contiguous:
+                    raise ValueError(f"buffer {index} must be contiguous")
+                offset = (offsets or {}).get(index, 0)
+                d.buffers[index] = Buffer(
+                    array.ctypes.data, array.nbytes, read_only, read_only, offset
+                )
+        message = ctypes.create_string_buffer(4096)
+        if self._c.emu_run(ctypes.byref(d), message, ctypes.c_uint64(4096)):
+            raise EmulatorError(self._with_line(message.value.decode()))
+        self.traffic = {i: d.buffers[i].bytes_read for i in inputs}
+        for index in outputs:
+            if missing := d.buffers[index].unwritten:
+                raise EmulatorError(f"{kernel}: {missing} bytes of buffer({index}) never written")
+
+    def _with_line(self, message: str) -> str:
+        return with_line(message, self.path)
+
+
+def with_line(message: str, library: Path) -> str:
+    """Replaces the pc of an emulator message by file:line of the shader."""
+
+    def lookup(match: re.Match) -> str:
+        base = next(
+            int(line.split("-")[0], 16)
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if str(library) in line
+        )
+        address = hex(int(match.group(1), 16) - base - 1)
+        command = ["addr2line", "-i", "-e", str(library), address]
+        lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+        shader = [f for f in lines if str(RUNTIME) not in f and "?" not in f]
+        return f"at {shader[0].split(' ')[0]}" if shader else match.group()
+
+    return re.sub(r"pc=(0x[0-9a-f]+)", lookup, message)

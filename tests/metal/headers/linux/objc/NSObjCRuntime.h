@@ -1,0 +1,3 @@
+#pragma once
+typedef long NSInteger;
+typedef unsigned long NSUInteger;

@@ -1,0 +1,48 @@
+// The fake Metal and the fake MPS device, as they see each other.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace onebit::fake {
+
+// A MTLBuffer: what the storage of an MPS tensor points to.
+void* new_buffer(size_t bytes);
+void delete_buffer(void* buffer);
+char* buffer_contents(void* buffer);
+// Somebody else than a kernel wrote to it.
+void mark_initialised(void* buffer);
+
+// The emulated library of kernels, from ONEBIT_EMULATOR.
+struct EmulatorBuffer {
+  char* host;
+  uint64_t length;
+  int32_t read_only;
+  int32_t initialised;
+  uint64_t offset;
+  uint64_t bytes_read;
+  int64_t unwritten;
+};
+struct EmulatorDispatch {
+  const char* kernel;
+  uint32_t groups[3];
+  uint32_t threads[3];
+  EmulatorBuffer buffers[31];
+  int32_t schedule;
+  uint64_t seed;
+  int32_t count_traffic;
+  int32_t flush_denormals;
+};
+struct Emulator {
+  const char* (*kernel_name)(int);
+  int (*set_function_constant)(int, const void*, uint64_t);
+  int (*run)(EmulatorDispatch*, char*, uint64_t);
+};
+const Emulator& emulator();
+
+// What happened since the last call: "kernel groups threads" of every dispatch, one a line.
+const char* take_log();
+
+// Makes the next step that can fail do so: "compile", "function" or "pipeline".
+void fail_next(const char* step);
+
+}  // namespace onebit::fake

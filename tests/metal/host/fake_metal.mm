@@ -1,0 +1,405 @@
+// A Metal for Linux: the encoder of the real encoder.mm ends here, and runs the real shaders in the
+// emulator. It holds the caller to Metal's rules: the queue, bound buffers, sizes, alignment.
+#include <ATen/mps/MPSStream.h>
+#include <Foundation/Foundation.h>
+#include <Metal/Metal.h>
+#include <c10/util/Exception.h>
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <string>
+
+#include "fake_metal.h"
+
+extern "C" id onebit_new_instance(Class c);
+
+// Foundation
+// ---------------------------------------------------------------------------------------
+
+@implementation NSObject
++ (id)alloc {
+  return onebit_new_instance(self);
+}
++ (id)new {
+  return [[self alloc] init];
+}
++ (Class)class {
+  return self;
+}
+- (id)init {
+  return self;
+}
+- (Class)class {
+  return isa;
+}
+@end
+
+@interface NSAutoreleasePool : NSObject
+- (void)drain;
+@end
+@implementation NSAutoreleasePool
+- (void)drain {
+}
+@end
+
+@implementation NSString
++ (instancetype)stringWithUTF8String:(const char*)text {
+  NSString* string = [NSString new];
+  string->text_ = strdup(text);
+  return string;
+}
+- (const char*)UTF8String {
+  return text_;
+}
+- (id)copyWithZone:(struct _NSZone*)zone {
+  return self;
+}
+@end
+
+@implementation NSError
+- (NSString*)localizedDescription {
+  return [NSString stringWithUTF8String:"program_source:1:1: error: made to fail"];
+}
+@end
+
+@implementation NSProcessInfo
++ (NSProcessInfo*)processInfo {
+  return [NSProcessInfo new];
+}
+- (NSString*)operatingSystemVersionString {
+  return [NSString stringWithUTF8String:"Version 0 (emulated)"];
+}
+@end
+
+// The emulator and the log
+// ---------------------------------------------------------------------------------------
+
+namespace onebit::fake {
+namespace {
+
+bool on_queue = false;
+std::string dispatch_log, failing_step, dispatch_error;
+
+bool fails(const char* step) {
+  const bool failing = failing_step == step;
+  if (failing) failing_step.clear();
+  return failing;
+}
+
+// Raised when the block is done: inside it an exception would end a real process.
+void report(const std::string& message) {
+  if (dispatch_error.empty()) dispatch_error = message;
+}
+
+}  // namespace
+
+const Emulator& emulator() {
+  static const Emulator instance = [] {
+    const char* path = getenv("ONEBIT_EMULATOR");
+    void* library = path ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : nullptr;
+    TORCH_CHECK(library, "ONEBIT_EMULATOR must name the emulated kernels, got ", path ? path : "");
+    Emulator e;
+    e.kernel_name = reinterpret_cast<decltype(e.kernel_name)>(dlsym(library, "emu_kernel_name"));
+    e.set_function_constant = reinterpret_cast<decltype(e.set_function_constant)>(
+        dlsym(library, "emu_set_function_constant"));
+    e.run = reinterpret_cast<decltype(e.run)>(dlsym(library, "emu_run"));
+    return e;
+  }();
+  return instance;
+}
+
+const char* take_log() {
+  static std::string taken;
+  taken = dispatch_log;
+  dispatch_log.clear();
+  return taken.c_str();
+}
+
+void fail_next(const char* step) { failing_step = step; }
+
+}  // namespace onebit::fake
+
+using namespace onebit::fake;
+
+extern "C" void dispatch_sync(dispatch_queue_t queue, dispatch_block_t block) {
+  if (on_queue) {
+    fprintf(stderr, "dispatch_sync on the queue it runs on: a deadlock\n");
+    abort();
+  }
+  on_queue = true;
+  try {
+    block();
+  } catch (const std::exception& e) {
+    fprintf(stderr, "an exception left a dispatch_sync block: %s\n", e.what());
+    abort();
+  }
+  on_queue = false;
+  const std::string error = std::move(dispatch_error);
+  dispatch_error.clear();
+  TORCH_CHECK(error.empty(), error);
+}
+
+// Metal
+// ---------------------------------------------------------------------------------------
+
+@interface FakeBuffer : NSObject <MTLBuffer> {
+ @public
+  char* contents_;
+  size_t length_;
+  bool initialised_;
+}
+@end
+@implementation FakeBuffer
+- (NSUInteger)length {
+  return length_;
+}
+- (void*)contents {
+  return contents_;
+}
+@end
+
+namespace onebit::fake {
+
+void* new_buffer(size_t bytes) {
+  FakeBuffer* buffer = [FakeBuffer new];
+  buffer->contents_ = static_cast<char*>(malloc(bytes));
+  memset(buffer->contents_, 0xFF, bytes);
+  buffer->length_ = bytes;
+  return buffer;
+}
+void delete_buffer(void* buffer) {
+  free(static_cast<FakeBuffer*>(buffer)->contents_);
+  free(buffer);
+}
+char* buffer_contents(void* buffer) { return static_cast<FakeBuffer*>(buffer)->contents_; }
+void mark_initialised(void* buffer) { static_cast<FakeBuffer*>(buffer)->initialised_ = true; }
+
+}  // namespace onebit::fake
+
+@implementation MTLCompileOptions
+- (BOOL)fastMathEnabled {
+  return math_mode_ == MTLMathModeFast;
+}
+- (void)setFastMathEnabled:(BOOL)on {
+  math_mode_ = on ? MTLMathModeFast : MTLMathModeSafe;
+}
+- (MTLMathMode)mathMode {
+  return math_mode_;
+}
+- (void)setMathMode:(MTLMathMode)mode {
+  math_mode_ = mode;
+}
+- (MTLLanguageVersion)languageVersion {
+  return language_version_;
+}
+- (void)setLanguageVersion:(MTLLanguageVersion)version {
+  language_version_ = version;
+}
+- (id)init {
+  math_mode_ = MTLMathModeFast;
+  return self;
+}
+- (id)copyWithZone:(struct _NSZone*)zone {
+  return self;
+}
+@end
+
+@implementation MTLFunctionConstantValues
+- (void)setConstantValue:(const void*)value type:(MTLDataType)type atIndex:(NSUInteger)index {
+  sizes_[index] = type == MTLDataTypeBool ? 1 : 4;
+  memcpy(values_[index], value, sizes_[index]);
+}
+- (id)copyWithZone:(struct _NSZone*)zone {
+  return self;
+}
+@end
+
+@interface FakeFunction : NSObject <MTLFunction> {
+ @public
+  NSString* name_;
+  MTLFunctionConstantValues* constants_;
+}
+@end
+@implementation FakeFunction
+- (NSString*)name {
+  return name_;
+}
+@end
+
+@interface FakePipeline : NSObject <MTLComputePipelineState> {
+ @public
+  FakeFunction* function_;
+}
+@end
+@implementation FakePipeline
+- (NSUInteger)maxTotalThreadsPerThreadgroup {
+  return 1024;
+}
+- (NSUInteger)threadExecutionWidth {
+  return 32;
+}
+@end
+
+@interface FakeLibrary : NSObject <MTLLibrary>
+@end
+@implementation FakeLibrary
+- (id<MTLFunction>)newFunctionWithName:(NSString*)name
+                        constantValues:(MTLFunctionConstantValues*)values
+                                 error:(NSError**)error {
+  *error = [NSError new];
+  if (fails("function")) return nil;
+  for (int i = 0; emulator().kernel_name(i); i++) {
+    if (strcmp(emulator().kernel_name(i), [name UTF8String])) continue;
+    FakeFunction* function = [FakeFunction new];
+    function->name_ = name;
+    function->constants_ = values;
+    return function;
+  }
+  return nil;
+}
+@end
+
+@interface FakeDevice : NSObject <MTLDevice>
+@end
+@implementation FakeDevice
+- (NSString*)name {
+  const char* name = getenv("ONEBIT_FAKE_GPU");
+  return [NSString stringWithUTF8String:name ? name : "Apple M1"];
+}
+- (id<MTLLibrary>)newLibraryWithSource:(NSString*)source
+                               options:(MTLCompileOptions*)options
+                                 error:(NSError**)error {
+  *error = [NSError new];
+  TORCH_CHECK(options && [options languageVersion] == MTLLanguageVersion3_1, "bfloat needs 3.1");
+  TORCH_CHECK([options mathMode] == MTLMathModeSafe, "quantize needs safe math");
+  for (const char* c = [source UTF8String]; *c; c++) {
+    TORCH_CHECK((*c >= 32 && *c < 127) || *c == '\n', "the shader source must be ASCII");
+  }
+  TORCH_CHECK(!strstr([source UTF8String], "#include \""), "the shader source must be one text");
+  if (fails("compile")) return nil;
+  return [FakeLibrary new];
+}
+- (id<MTLComputePipelineState>)newComputePipelineStateWithFunction:(id<MTLFunction>)function
+                                                             error:(NSError**)error {
+  *error = [NSError new];
+  if (fails("pipeline")) return nil;
+  FakePipeline* pipeline = [FakePipeline new];
+  pipeline->function_ = (FakeFunction*)function;
+  return pipeline;
+}
+@end
+
+@interface FakeEncoder : NSObject <MTLComputeCommandEncoder> {
+ @public
+  FakePipeline* pipeline_;
+  FakeBuffer* buffers_[31];
+  size_t offsets_[31];
+  char bytes_[31][4096];
+  size_t lengths_[31];
+  bool after_dispatch_;
+}
+@end
+@implementation FakeEncoder
+- (void)endEncoding {
+}
+- (void)memoryBarrierWithScope:(MTLBarrierScope)scope {
+  after_dispatch_ = false;
+}
+- (void)setComputePipelineState:(id<MTLComputePipelineState>)state {
+  if (!on_queue || !state) report("a pipeline must be set on the stream's queue");
+  pipeline_ = (FakePipeline*)state;
+  memset(buffers_, 0, sizeof buffers_);
+  memset(lengths_, 0, sizeof lengths_);
+}
+- (void)setBytes:(const void*)bytes length:(NSUInteger)length atIndex:(NSUInteger)index {
+  if (length == 0 || length > 4096 || index > 30) {
+    report("setBytes takes 1 to 4096 bytes");
+    return;
+  }
+  memcpy(bytes_[index], bytes, length);
+  lengths_[index] = length;
+}
+- (void)setBuffer:(id<MTLBuffer>)buffer offset:(NSUInteger)offset atIndex:(NSUInteger)index {
+  FakeBuffer* b = (FakeBuffer*)buffer;
+  if (!b || [b class] != [FakeBuffer class] || offset >= b->length_) {
+    report("setBuffer at " + std::to_string(index) + " must have a buffer and an offset inside it");
+    return;
+  }
+  buffers_[index] = b;
+  offsets_[index] = offset;
+}
+- (void)dispatchThreadgroups:(MTLSize)groups threadsPerThreadgroup:(MTLSize)threads {
+  if (!on_queue || !pipeline_) report("a dispatch needs a pipeline and the stream's queue");
+  if (after_dispatch_) report("dependent dispatches need a memory barrier between them");
+  after_dispatch_ = true;
+  const std::string kernel = [pipeline_->function_->name_ UTF8String];
+  const MTLFunctionConstantValues* constants = pipeline_->function_->constants_;
+  for (int i = 0; i < 8; i++) {
+    if (!constants->sizes_[i]) continue;
+    if (emulator().set_function_constant(i, constants->values_[i], constants->sizes_[i]) < 0) {
+      report("function constant " + std::to_string(i) + " has another size in the shader");
+    }
+  }
+  EmulatorDispatch d = {};
+  d.kernel = kernel.c_str();
+  const NSUInteger group_sizes[] = {groups.width, groups.height, groups.depth};
+  const NSUInteger thread_sizes[] = {threads.width, threads.height, threads.depth};
+  for (int i = 0; i < 3; i++) {
+    d.groups[i] = static_cast<uint32_t>(group_sizes[i]);
+    d.threads[i] = static_cast<uint32_t>(thread_sizes[i]);
+  }
+  for (int i = 0; i < 31; i++) {
+    if (lengths_[i]) d.buffers[i] = {bytes_[i], lengths_[i], 1, 1, 0, 0, 0};
+    if (const FakeBuffer* b = buffers_[i]) {
+      d.buffers[i] = {b->contents_ + offsets_[i], b->length_ - offsets_[i], 0, b->initialised_,
+                      offsets_[i],                0,                        0};
+    }
+  }
+  const char* schedule = getenv("ONEBIT_FAKE_SCHEDULE");
+  d.schedule = schedule ? atoi(schedule) : 0;
+  d.seed = 1;
+  char message[4096] = "";
+  if (emulator().run(&d, message, sizeof message)) report(message);
+  for (int i = 0; i < 31; i++) {
+    if (!buffers_[i]) continue;
+    if (!buffers_[i]->initialised_ && d.buffers[i].unwritten) {
+      report(kernel + ": " + std::to_string(d.buffers[i].unwritten) + " bytes of buffer(" +
+             std::to_string(i) + ") never written");
+    }
+    buffers_[i]->initialised_ = true;
+  }
+  dispatch_log += kernel + " " + std::to_string(groups.width) + "x" +
+                  std::to_string(groups.height) + "x" + std::to_string(groups.depth) + " " +
+                  std::to_string(threads.width) + "\n";
+}
+@end
+
+// PyTorch's stream
+// ---------------------------------------------------------------------------------------
+
+namespace at::mps {
+
+MPSStream::MPSStream(c10::Stream stream) : _stream(stream) {}
+MPSStream::~MPSStream() = default;
+
+MTLComputeCommandEncoder_t MPSStream::commandEncoder() {
+  static FakeEncoder* encoder = [FakeEncoder new];
+  if (!on_queue) report("commandEncoder() must be called on the stream's queue");
+  encoder->after_dispatch_ = false;  // PyTorch orders separate operations
+  return encoder;
+}
+
+MTLDevice_t MPSStream::device() const {
+  static FakeDevice* device = [FakeDevice new];
+  return device;
+}
+
+MPSStream* getCurrentMPSStream() {
+  static auto* const stream =
+      new MPSStream(c10::Stream(c10::Stream::UNSAFE, c10::Device(c10::kMPS, 0), 0));
+  return stream;
+}
+
+}  // namespace at::mps

@@ -1,0 +1,63 @@
+// What translated kernels may call, and the tables they export. The scheduler implements it.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace emu {
+
+struct Size3 {
+  uint32_t x, y, z;
+};
+
+// One per dispatch. `threads_here` differs from `threads` only in the partial threadgroups of
+// dispatchThreads.
+struct Dispatch {
+  char* buffer[32];
+  uint64_t length[32];
+  char* threadgroup_argument[8];
+  Size3 group;         // position of the running threadgroup
+  Size3 groups;        // threadgroups in the grid
+  Size3 threads;       // per threadgroup, as dispatched
+  Size3 threads_here;  // of the running threadgroup
+  Size3 grid;          // threads in the grid
+};
+
+struct Thread {
+  Size3 position;  // in the threadgroup
+  uint32_t index, lane, simdgroup;
+};
+
+const Dispatch& dispatch();
+const Thread& thread_state();
+
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+enum BarrierFlags : unsigned { kDeviceMemory = 1, kThreadgroupMemory = 2 };
+void threadgroup_barrier(unsigned flags, int line, const char* file);
+void simdgroup_barrier(unsigned flags, int line, const char* file);
+
+// Every lane of the simdgroup meets here and deposits at most 64 bytes. Returns 32 slots of 64
+// bytes, one per lane; `operation` must be the same in all lanes.
+constexpr size_t kSlotBytes = 64;
+const unsigned char* simd_exchange(
+    const void* value, size_t size, uint32_t operation, int line, const char* file, uint32_t* active);
+
+// Memory of a `threadgroup` variable; `key` identifies the declaration.
+void* threadgroup_variable(const void* key, size_t size, size_t alignment, const char* name);
+
+using Entry = void (*)();
+struct KernelEntry {
+  const char* name;
+  Entry run;
+};
+struct FunctionConstant {
+  int index;
+  void* value;
+  size_t size;
+};
+
+}  // namespace emu
+
+// Written by the translator at the end of every library; a null name or a negative index ends them.
+extern "C" const emu::KernelEntry emu_kernels[];
+extern "C" const emu::FunctionConstant emu_function_constants[];

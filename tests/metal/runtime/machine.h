@@ -1,0 +1,76 @@
+// The emulated GPU, shared by scheduler.cpp, memory.cpp and dispatch.cpp. Compiled without
+// instrumentation: only the kernels call the __tsan_* hooks.
+//
+// A thread is a fiber with its own stack. Fibers run until they meet the others at a barrier or a
+// simdgroup operation, so a threadgroup executes deterministically under a chosen schedule.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "kernel_abi.h"
+
+namespace emu {
+
+constexpr int kLanes = 32;
+constexpr size_t kThreadgroupBytes = 32768;  // what every Apple GPU since the M1 offers
+
+enum class State : uint8_t { kReady, kAtBarrier, kAtSimdOperation, kReturned };
+
+struct Fiber {
+  void* stack_pointer;
+  Thread thread;
+  State state;
+  uint32_t operation;
+  unsigned flags;
+  int line;
+  const char* file;
+};
+
+struct Simdgroup {
+  int first_thread, size;
+  int arrived;
+  uint32_t phase;     // exchanges completed; slots are double-buffered by its lowest bit
+  uint32_t epoch[2];  // barriers passed that order [0] device, [1] threadgroup memory
+  uint32_t active[2];
+  alignas(64) unsigned char slots[2][kLanes][kSlotBytes];
+};
+
+enum class Schedule : int32_t { kForward, kReverse, kRandom };
+
+struct Machine {
+  Dispatch dispatch;
+  Entry entry;
+  const char* kernel_name;
+  std::vector<Fiber> fibers;
+  std::vector<Simdgroup> simdgroups;
+  int current = -1;  // running fiber, -1 in the scheduler
+  int threads, waiting, returned;
+  uint32_t group_index;
+  uint32_t epoch[2];  // threadgroup barriers passed, as in Simdgroup
+  Schedule schedule;
+  uint64_t random;
+  std::string error;
+
+  uint32_t next_random() {
+    random ^= random << 13;
+    random ^= random >> 7;
+    random ^= random << 17;
+    return static_cast<uint32_t>(random >> 16);
+  }
+};
+extern Machine machine;
+
+// Runs one threadgroup to its end; false when machine.error was set.
+bool run_threadgroup();
+
+// memory.cpp: one arena holds every buffer and threadgroup variable between red zones.
+enum class Region : uint8_t { kRedZone, kReadWrite, kReadOnly, kThreadgroup };
+void memory_reset(bool count_traffic);
+char* memory_allocate(
+    size_t size, size_t alignment, size_t offset, Region kind, const std::string& name, bool written);
+void memory_begin_threadgroup();
+int64_t memory_unwritten(const char* begin, size_t size);
+// Device bytes read from the allocation at `begin` since memory_reset.
+uint64_t memory_traffic(const char* begin);
+
+}  // namespace emu

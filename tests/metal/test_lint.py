@@ -1,0 +1,173 @@
+"""Shaders that Apple's compiler would refuse are refused here; ours are not."""
+
+import emulator
+import lint
+import pytest
+import toolchain
+
+SHADERS = sorted(toolchain.SHADERS.glob("*.metal"))
+
+
+@pytest.mark.parametrize("shader", SHADERS, ids=lambda path: path.stem)
+def test_our_shaders_are_clean(shader):
+    assert lint.lint(shader, [toolchain.SHADERS]) == []
+
+
+HEAD = "#include <metal_stdlib>\nusing namespace metal;\n"
+ARGUMENTS = "const device float* x [[buffer(0)]], device float* y [[buffer(1)]]"
+INDEX = "uint i [[thread_position_in_grid]]"
+
+
+def kernel(body, arguments=f"{ARGUMENTS}, {INDEX}", before="", head="[[kernel]] void k"):
+    return f"{HEAD}{before}\n{head}({arguments}) {{ {body} }}\n"
+
+
+BAD = {
+    # address spaces
+    "threadgroup pointer as device": (
+        kernel("threadgroup float t[4]; device float* p = t; y[i] = p[0];"),
+        "cannot initialize a variable of type '__global",
+    ),
+    "cast that drops constant": (
+        kernel("y[i] = *(device float*)p;", f"{ARGUMENTS}, constant float* p [[buffer(2)]], {INDEX}"),
+        "address space|invalid cast|converts between mismatching",
+    ),
+    "argument of another address space": (
+        kernel("y[i] = f(y);", before="float f(threadgroup float* p) { return p[0]; }"),
+        "no matching function",
+    ),
+    "parameter without address space": (
+        kernel("y[i] = f(x);", before="float f(const float* p) { return p[0]; }"),
+        "must name an address space",
+    ),
+    "local pointer without address space": (
+        kernel("float* p = y; y[i] = p[0];"),
+        "must name an address space",
+    ),
+    "reference without address space": (
+        kernel("float a = x[i]; f(a); y[i] = a;", before="void f(float& a) { a = 1; }"),
+        "must name an address space",
+    ),
+    "write through const": (kernel("x[i] = 0.0f; y[i] = 0.0f;"), "read-only|const"),
+    "program variable outside constant": (
+        kernel("y[i] = kA;", before="constexpr int kA = 1;"),
+        "needs `constant`",
+    ),
+    "threadgroup variable in a helper": (
+        kernel("y[i] = f();", before="float f() { threadgroup float t[4]; return t[0]; }"),
+        "kernel's own scope",
+    ),
+    "initialised threadgroup variable": (
+        kernel("threadgroup float t[4] = {0}; y[i] = t[0];"),
+        "cannot have an initializer",
+    ),
+    # bindings
+    "argument without attribute": (kernel("y[0] = x[0];", f"{ARGUMENTS}, uint i"), "no binding"),
+    "buffer index twice": (
+        kernel("y[0] = x[0];", "const device float* x [[buffer(0)]], device float* y [[buffer(0)]]"),
+        "used twice",
+    ),
+    "buffer index 31": (
+        kernel("y[0] = 0;", "device float* y [[buffer(31)]]"),
+        "end at 30",
+    ),
+    "buffer by value": (
+        kernel("y[0] = n;", "device float* y [[buffer(0)]], constant uint n [[buffer(1)]]"),
+        "is not a pointer",
+    ),
+    "buffer without address space": (
+        kernel("y[0] = 0;", "float* y [[buffer(0)]]"),
+        "needs an address space",
+    ),
+    "built-in of the wrong type": (
+        kernel("y[0] = lane;", "device float* y [[buffer(0)]], int lane [[thread_index_in_simdgroup]]"),
+        "cannot be",
+    ),
+    "vector for a scalar built-in": (
+        kernel("y[0] = 0;", "device float* y [[buffer(0)]], uint2 l [[thread_index_in_simdgroup]]"),
+        "cannot be",
+    ),
+    "kernel that returns": (kernel("return 1;", head="[[kernel]] int k"), "must return void"),
+    "host_name twice": (
+        kernel("y[i] = x[i];", head='[[host_name("a")]] [[kernel]] void k')
+        + '[[host_name("a")]] [[kernel]] void l(device float* y [[buffer(0)]]) { y[0] = 0; }',
+        "is used at",
+    ),
+    "instance without host_name": (
+        kernel("y[i] = T(x[i]);", head="template <typename T> [[kernel]] void k")
+        + "template [[kernel]] decltype(k<float>) k<float>;",
+        "needs a host_name",
+    ),
+    # language
+    "double": (kernel("double a = 1; y[i] = a;"), "`double`"),
+    "long long": (kernel("long long a = 1; y[i] = a;"), "`long long`"),
+    "virtual": (kernel("y[i] = 0;", before="struct S { virtual float f(); };"), "`virtual`"),
+    "new": (kernel("y[i] = *(new float);"), "`new`"),
+    "exceptions": (kernel("try { y[i] = 0; } catch (...) {}"), "`try`"),
+    "standard library": (kernel("y[i] = std::max(x[i], 0.0f);"), "`std`"),
+    "recursion": (
+        kernel("y[i] = f(3);", before="int f(int n) { return n ? f(n - 1) : 0; }"),
+        "`f` is recursive",
+    ),
+    "mutual recursion": (
+        kernel(
+            "y[i] = f(3);",
+            before="int g(int n);\nint f(int n) { return g(n); }\nint g(int n) { return f(n); }",
+        ),
+        "is recursive",
+    ),
+    "function pointer": (
+        kernel("float (*p)(float) = f; y[i] = p(1);", before="float f(float a) { return a; }"),
+        "function pointer|pointers to functions",
+    ),
+    # library
+    "min of two types": (kernel("y[i] = min(i, 3);"), "ambiguous"),
+    "function that does not exist": (kernel("y[i] = simd_total(x[i]);"), "undeclared|use of"),
+    "simd_sum of bfloat": (kernel("y[i] = simd_sum(bfloat(x[i]));"), "deleted|void"),
+    "simd_shuffle of 64 bits": (kernel("y[i] = simd_shuffle(ulong(i), 1);"), "deleted|void"),
+    "as_type of another size": (kernel("y[i] = as_type<half>(x[i]);"), "sizes differ"),
+    "matrix of another type": (
+        kernel(
+            "simdgroup_float8x8 m; threadgroup half t[64]; simdgroup_load(m, t, 8); y[i] = 0;"
+        ),
+        "no matching function",
+    ),
+    "wrong number of arguments": (kernel("y[i] = fma(x[i], 1.0f);"), "no matching function"),
+    "missing return": (kernel("y[i] = f(1);", before="float f(int n) { if (n) return 1; }"), "return"),
+    "uninitialised variable": (kernel("float a; y[i] = a;"), "uninitialized"),
+}
+
+
+@pytest.mark.parametrize("defect", BAD)
+def test_a_bad_shader_is_rejected_for_its_defect(defect, tmp_path):
+    source, reason = BAD[defect]
+    path = tmp_path / "bad.metal"
+    path.write_text(source)
+    errors = "\n".join(lint.lint(path))
+    assert errors
+    assert any(word in errors for word in reason.split("|")), errors
+
+
+def test_the_frame_of_the_bad_shaders_is_clean(tmp_path):
+    path = tmp_path / "good.metal"
+    path.write_text(kernel("y[i] = x[i];"))
+    assert lint.lint(path) == []
+
+
+def test_bfloat_takes_no_float_silently(tmp_path):
+    # clang converts to __bf16, Apple's compiler does not: the emulator's type refuses it.
+    path = tmp_path / "bfloat.metal"
+    path.write_text(kernel("bfloat a = x[i]; y[i] = float(a);"))
+    with pytest.raises(toolchain.CompileError, match="bfloat|SmallFloat"):
+        emulator.build([path])
+
+
+def test_the_embedded_source_is_one_ascii_text():
+    import embed
+
+    text = embed.source(toolchain.SHADERS)
+    assert text.isascii()
+    assert '#include "' not in text
+    assert text.count("struct QmmParams") == 1
+    for shader in SHADERS:
+        assert f'"{shader.stem}_' in text or shader.stem in text
