@@ -95,44 +95,26 @@ Levels<Real> mean_levels(const Real* v, int size) {
   return {mean, 0, mean - deviation, mean + deviation};
 }
 
-// The weighted means on both sides of the threshold; a side without importance takes the other's.
-// Taken from the lowest and the highest value on, so that a side of equal values keeps them
-// exactly: weights that are already binary lose nothing.
 template <class Real>
-Levels<Real> cut_levels(const Real* v, const Real* importance, int size, Real threshold) {
-  Real lowest = v[0], highest = v[0];
-  for (int i = 1; i < size; ++i) {
-    lowest = v[i] < lowest ? v[i] : lowest;
-    highest = v[i] > highest ? v[i] : highest;
+void transpose(const Real (&from)[kLanes][kMaxGroup], int size, Lanes<Real>& to) {
+  for (int l = 0; l < kLanes; ++l) {
+    for (int i = 0; i < size; ++i) to.values[i][l] = from[l][i];
   }
-  const auto high = [&](int i) { return importance[i] * Real(v[i] > threshold); };
-  const auto low = [&](int i) { return importance[i] * Real(v[i] <= threshold); };
-  const Real high_mass = sum<Real>(size, high);
-  const Real low_mass = sum<Real>(size, low);
-  const Real above = sum<Real>(size, [&](int i) { return low(i) * (v[i] - lowest); });
-  const Real below = sum<Real>(size, [&](int i) { return high(i) * (highest - v[i]); });
-  const Real low_level = lowest + above / low_mass, high_level = highest - below / high_mass;
-  return {0, threshold, low_mass > 0 ? low_level : high_level,
-          high_mass > 0 ? high_level : low_level};
 }
 
 template <class Real>
 void optimal_levels(Tile<Real>& tile, bool weighted) {
   Lanes<Real> lanes, weights;
-  alignas(64) Real thresholds[kLanes];
-  for (int l = 0; l < kLanes; ++l) {
-    for (int i = 0; i < tile.size; ++i) lanes.values[i][l] = tile.values[l][i];
-  }
+  Cuts<Real> cuts;
+  transpose(tile.values, tile.size, lanes);
   if (weighted) {
-    for (int l = 0; l < kLanes; ++l) {
-      for (int i = 0; i < tile.size; ++i) weights.values[i][l] = tile.importance[l][i];
-    }
-    best_cuts(lanes, weights, tile.size, thresholds);
+    transpose(tile.importance, tile.size, weights);
+    best_cuts<Real, true>(lanes, &weights, tile.size, cuts);
   } else {
-    best_cuts(lanes, tile.size, thresholds);
+    best_cuts<Real, false>(lanes, nullptr, tile.size, cuts);
   }
   for (int l = 0; l < tile.count; ++l) {
-    tile.levels[l] = cut_levels(tile.values[l], tile.importance[l], tile.size, thresholds[l]);
+    tile.levels[l] = {0, cuts.threshold[l], cuts.low[l], cuts.high[l]};
   }
 }
 
