@@ -48,7 +48,7 @@ class Protocol:
 
 PROTOCOLS = {
     "short": Protocol(Config(128, 2, 4, 64), 32, 800, 200, (0, 1, 2)),
-    "long": Protocol(Config(128, 4, 4, 64), 64, 2000, 300, (0,)),
+    "long": Protocol(Config(128, 4, 4, 64), 64, 1500, 300, (0,)),
 }
 
 
@@ -151,10 +151,13 @@ def ptq(method: str) -> Callable[[Bench], Outcome]:
     return run
 
 
-def qat(rule: str, distill: bool = False) -> Callable[[Bench], Outcome]:
+def qat(rule: str, *, start: str = "float32", distill: bool = False) -> Callable[[Bench], Outcome]:
+    """QAT of the float32 model, or of the calibrated one: bits, levels and all the rest."""
+
     def run(bench: Bench) -> Outcome:
-        model = torch_onebit.prepare_qat_(
-            bench.start(), rule=rule, group_size=bench.protocol.group_size, filter_fn=in_blocks
+        model = bench.start() if start == "float32" else bench.calibrated()
+        torch_onebit.prepare_qat_(
+            model, rule=rule, group_size=bench.protocol.group_size, filter_fn=in_blocks
         )
         result = bench.train_on(model, loss_fn=bench.distillation() if distill else None)
         result.converted = bench.evaluate(torch_onebit.convert_(model, dtype=torch.float16))
@@ -186,6 +189,8 @@ VARIANTS: dict[str, Callable[[Bench], Outcome]] = {
     "PTQ calibrated": ptq("calibrated"),
     "QAT mean": qat("mean"),
     "QAT mean, distilled": qat("mean", distill=True),
+    "calibrated, QAT learnable": qat("learnable", start="calibrated"),
+    "calibrated, QAT learnable, distilled": qat("learnable", start="calibrated", distill=True),
     "QAT sign": qat("sign"),
     "QAT optimal": qat("optimal"),
     "calibrated, levels": frozen_bits(0),

@@ -8,8 +8,8 @@ from statistics import mean
 # protocol, variant, the variant it is held against, nats allowed between them
 BARS = [
     ("short", "PTQ calibrated", "float32", 0.20),
-    ("short", "QAT mean", "float32, equally long", 0.09),
-    ("short", "QAT mean, distilled", "float32, equally long", 0.07),
+    ("short", "calibrated, QAT learnable", "float32, equally long", 0.09),
+    ("short", "calibrated, QAT learnable, distilled", "float32, equally long", 0.07),
     ("short", "calibrated, levels + LoRA 8", "float32, equally long", 0.09),
     ("long", "PTQ calibrated", "float32", 0.22),
 ]
