@@ -33,7 +33,7 @@ TOLERANCE = 1e-3
 def calibrated(model: ByteLM, text: Tensor) -> ByteLM:
     """A 1-bit copy of a float model, without training: calibrated on a few batches of its text."""
     copied = copy.deepcopy(model)
-    batches = random_batches(text, CONFIG.context, batch=16, count=16, seed=2)
+    batches = random_batches(text, CONFIG.context, batch=16, count=8, seed=2)
     report = torch_onebit.calibrate_(
         copied, [tokens for tokens, _ in batches], group_size=GROUP_SIZE
     )
@@ -42,7 +42,7 @@ def calibrated(model: ByteLM, text: Tensor) -> ByteLM:
 
 
 def train_one_bit(model: ByteLM, teacher: ByteLM, text: Tensor, steps: int) -> None:
-    """Train a calibrated model on, with the float one as the teacher, and pack it again, in place."""
+    """Train a calibrated model on, the float one as its teacher, and pack it again, in place."""
     torch_onebit.prepare_qat_(model, rule="learnable")
     train(
         model,
