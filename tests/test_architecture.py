@@ -9,7 +9,11 @@ ROOT = Path(__file__).parent.parent
 
 # files, what they must not include or import, why
 RULES = [
-    ("metal/*.metal", r'^"(?!\w+\.h"$|\.\./csrc/format\.h"$)', "shaders see shaders and the format"),
+    (
+        "metal/*.metal",
+        r'^"(?!\w+\.h"$|\.\./csrc/format\.h"$)',
+        "shaders see shaders and the format",
+    ),
     ("metal/*", r"torch|ATen|c10", "shaders know no torch"),
     ("csrc/format.h", r".", "the format includes nothing: shaders read it too"),
     ("csrc/mps/launch_plan.h", r"torch|ATen|c10|Metal/|Foundation|<string>", "plans are plain C++"),
