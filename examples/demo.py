@@ -33,7 +33,7 @@ TOLERANCE = 1e-3
 def calibrated(model: ByteLM, text: Tensor) -> ByteLM:
     """A 1-bit copy of a float model, without training: calibrated on a few batches of its text."""
     copied = copy.deepcopy(model)
-    batches = random_batches(text, CONFIG.context, batch=16, count=16, seed=2)
+    batches = random_batches(text, CONFIG.context, batch=16, count=8, seed=2)
     report = torch_onebit.calibrate_(
         copied, [tokens for tokens, _ in batches], group_size=GROUP_SIZE
     )
@@ -41,10 +41,9 @@ def calibrated(model: ByteLM, text: Tensor) -> ByteLM:
     return copied
 
 
-def train_one_bit(model: ByteLM, text: Tensor, steps: int) -> None:
-    """Train on with 1-bit weights, a float copy as the teacher; then pack them, in place."""
-    teacher = copy.deepcopy(model)
-    torch_onebit.prepare_qat_(model, group_size=GROUP_SIZE)
+def train_one_bit(model: ByteLM, teacher: ByteLM, text: Tensor, steps: int) -> None:
+    """Train a calibrated model on, the float one as its teacher, and pack it again, in place."""
+    torch_onebit.prepare_qat_(model, rule="learnable")
     train(
         model,
         text,
@@ -135,14 +134,13 @@ def main() -> None:
         learning_rate=4e-3,
         title="train float32",
     )
-    losses["calibrated"] = evaluate(calibrated(model, text), validation, CONFIG.context)
-    for onebit in (False, True):
-        if onebit:
-            train_one_bit(model, text, args.onebit_steps)
-        name = name_of(onebit)
-        losses[name] = evaluate(model, validation, CONFIG.context)
-        reference[name] = generate(model, check, len(check))[1]
-        save_file(model.state_dict(), args.folder / f"{name}.safetensors")
+    onebit = calibrated(model, text)
+    losses["calibrated"] = evaluate(onebit, validation, CONFIG.context)
+    train_one_bit(onebit, model, text, args.onebit_steps)
+    for name, trained in (("float32", model), ("onebit", onebit)):
+        losses[name] = evaluate(trained, validation, CONFIG.context)
+        reference[name] = generate(trained, check, len(check))[1]
+        save_file(trained.state_dict(), args.folder / f"{name}.safetensors")
     save_file(reference, args.folder / "reference.safetensors")
 
     print("reloading both in a fresh process, compiling ...", flush=True)

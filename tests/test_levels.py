@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
@@ -254,6 +255,36 @@ def test_opcheck(name):
     opcheck(op.default, args)
 
 
+def composite(op, *args):
+    """What op would run for tensors on a device without kernels."""
+    return op.default.redispatch(DispatchKeySet(DispatchKey.CUDA), *args)
+
+
+@pytest.mark.parametrize("rule, group_size, dtype", CASES)
+def test_composite_equals_the_kernels(rule, group_size, dtype):
+    w, grad = torch.randn(2, 9, 256, dtype=dtype)
+    importance = torch.rand(256) if rule in ("sign", "optimal") else None
+    for op, args in [
+        (ops.quantize_levels, (w, rule, group_size, importance)),
+        (ops.fake_quantize, (w, rule, group_size)),
+        (ops.fake_quantize_backward, (grad, w, rule, group_size)),
+    ]:
+        torch.testing.assert_close(composite(op, *args), op(*args))
+
+
+def test_composite_affine_and_flips_equal_the_kernels():
+    w, grad, error = torch.randn(3, 4, 64)
+    scales, biases = torch.randn(2, 4, 2)
+    for op, args in [
+        (ops.fake_quantize_affine, (w, scales, biases, 32)),
+        (ops.fake_quantize_affine_backward, (grad, w, scales, biases, 32)),
+        (ops.flip_bits_, (w > 0, error * 5, scales, torch.rand(64, 64) + 1, 8, 40, 32)),
+    ]:
+        mine, theirs = ([a.clone() if isinstance(a, Tensor) else a for a in args] for _ in "ab")
+        torch.testing.assert_close(composite(op, *mine), op(*theirs))
+        torch.testing.assert_close(mine[0], theirs[0])  # bits are flipped in place
+
+
 W, LEVELS, BITS = torch.randn(4, 64), torch.rand(4, 2), torch.rand(4, 64) > 0.5
 SQUARE = torch.rand(64, 64)
 ERRORS = [
@@ -283,6 +314,9 @@ def test_illegal_arguments(op, args, message, device):
     args = [a.to(device) if isinstance(a, Tensor) else a for a in args]
     with pytest.raises(ValueError, match=message):
         op(*args)
+    if device == "cpu":
+        with pytest.raises(ValueError, match=message):
+            composite(op, *args)
 
 
 def test_illegal_output_type():

@@ -17,6 +17,7 @@ from torch_onebit import (
     convert_,
     level_ops,
     prepare_qat_,
+    quantize_,
 )
 
 RULES = ["mean", "sign", "optimal", "minmax", "learnable"]
@@ -129,6 +130,22 @@ def test_parameters_stay_the_same_objects():
     prepare_qat_(model, group_size=32)
     assert all(after is before[name] for name, after in model.named_parameters())
     assert model.state_dict().keys() == Net().state_dict().keys()
+
+
+@pytest.mark.parametrize("rule", ["learnable", "optimal"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_packed_models_train_on_from_what_they_are(rule, tied):
+    model, x = quantize_(Net(tied), group_size=32), tokens()
+    before = model(x).detach()
+    prepare_qat_(model, rule=rule)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    assert isinstance(model.body, QATLinear) and model.body.group_size == 32
+    assert (model.head.weight is model.embedding.weight) == tied
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = [step(model, optimizer, x) for _ in range(8)]
+    assert losses[-1] < losses[0]
+    expected = model(x).detach()
+    torch.testing.assert_close(convert_(model)(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_filter_chooses_layers_and_options():

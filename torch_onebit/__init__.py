@@ -6,7 +6,7 @@ from torch_onebit._load import load
 
 load()
 
-from torch_onebit import vmap  # noqa: E402
+from torch_onebit import level_composite, vmap  # noqa: E402
 from torch_onebit.calibration.model import calibrate_  # noqa: E402
 from torch_onebit.calibration.solver import Options as CalibrationOptions  # noqa: E402
 from torch_onebit.methods import METHODS, quantize_weight  # noqa: E402
@@ -30,6 +30,7 @@ from torch_onebit.training import (  # noqa: E402
 )
 
 vmap.register()
+level_composite.register()
 
 try:
     __version__ = version("torch_onebit")

@@ -85,49 +85,69 @@ void sort_lanes(Lanes<Real>& lanes, Lanes<Real>& weights, int size) {
   }
 }
 
-// thresholds[l]: the value at or below which group l is cut in two with the least squared error.
-// With the mean taken away the two sides sum to s and -s, and the error falls by
-// s^2 (1 / n_low + 1 / n_high): one running sum decides. Sorts lanes.
+// One cut per lane: bit = value > threshold.
 template <class Real>
-void best_cuts(Lanes<Real>& lanes, int size, Real* thresholds) {
-  sort_lanes(lanes, size);
-  for (int v = 0; v < Lanes<Real>::kVectors; ++v) {
-    Vector<Real> mean{}, below{};
-    for (int i = 0; i < size; ++i) mean += lanes.row(i)[v];
-    mean /= Real(size);
-    Vector<Real> best = mean * 0 - 1, threshold = lanes.row(0)[v];
-    for (int i = 0; i + 1 < size; ++i) {
-      const Vector<Real> value = lanes.row(i)[v];
-      below += value - mean;
-      const Vector<Real> score = below * below * (1 / (Real(i + 1) * Real(size - 1 - i)));
-      threshold = score > best ? value : threshold;
-      best = score > best ? score : best;
-    }
-    reinterpret_cast<Vector<Real>*>(thresholds)[v] = threshold;
-  }
+struct Cuts {
+  alignas(64) Real threshold[kLanes], low[kLanes], high[kLanes];
+};
+
+template <class Real>
+inline void put(Real* lanes, int v, const Vector<Real>& values) {
+  reinterpret_cast<Vector<Real>*>(lanes)[v] = values;
 }
 
-// The same with the importance of every value, in an order that follows the sort.
-template <class Real>
-void best_cuts(Lanes<Real>& lanes, Lanes<Real>& weights, int size, Real* thresholds) {
-  sort_lanes(lanes, weights, size);
+// The cut of each group with the least squared error, and the means of its two sides. With the mean
+// taken away the sides sum to s and -s, and the error falls by s^2 (1 / mass_low + 1 / mass_high):
+// one running sum decides. Sorts lanes, and weights along with them; weights are null when all are
+// equal.
+template <class Real, bool kWeighted>
+void best_cuts(Lanes<Real>& lanes, Lanes<Real>* weights, int size, Cuts<Real>& cuts) {
+  using V = Vector<Real>;
+  if constexpr (kWeighted) {
+    sort_lanes(lanes, *weights, size);
+  } else {
+    sort_lanes(lanes, size);
+  }
   for (int v = 0; v < Lanes<Real>::kVectors; ++v) {
-    Vector<Real> mean{}, total{}, below{}, mass{};
+    const V one = V{} + 1;
+    const auto value = [&](int i) -> V { return lanes.row(i)[v]; };
+    const auto weight = [&](int i) -> V {
+      if constexpr (kWeighted) return weights->row(i)[v];
+      return one;
+    };
+    V mean{}, total{};
     for (int i = 0; i < size; ++i) {
-      mean += lanes.row(i)[v] * weights.row(i)[v];
-      total += weights.row(i)[v];
+      mean += value(i) * weight(i);
+      total += weight(i);
     }
     mean /= total;
-    Vector<Real> best = mean * 0 - 1, threshold = lanes.row(0)[v];
+
+    V below{}, mass{}, best = V{} - 1, threshold = value(0);
     for (int i = 0; i + 1 < size; ++i) {
-      const Vector<Real> value = lanes.row(i)[v], weight = weights.row(i)[v];
-      below += (value - mean) * weight;
-      mass += weight;
+      below += (value(i) - mean) * weight(i);
+      mass += weight(i);
       // A side without importance divides 0 by 0: NaN is never better.
-      const Vector<Real> score = below * below / (mass * (total - mass));
-      threshold = score > best ? value : threshold;
+      const V score = kWeighted ? below * below / (mass * (total - mass))
+                                : below * below * (1 / (Real(i + 1) * Real(size - 1 - i)));
+      threshold = score > best ? value(i) : threshold;
       best = score > best ? score : best;
     }
-    reinterpret_cast<Vector<Real>*>(thresholds)[v] = threshold;
+
+    // Means are taken from the outermost value on: a side of equal values keeps them exactly, so
+    // weights that are already binary lose nothing.
+    const V lowest = value(0), highest = value(size - 1);
+    V above{}, under{}, high_mass{};
+    for (int i = 0; i < size; ++i) {
+      const V high = value(i) > threshold ? weight(i) : V{};
+      above += (value(i) - lowest) * (weight(i) - high);
+      under += (highest - value(i)) * high;
+      high_mass += high;
+    }
+    const V low_mass = total - high_mass;
+    const V low = lowest + above / low_mass, high = highest - under / high_mass;
+    // A side without importance takes the other's level.
+    put(cuts.threshold, v, threshold);
+    put(cuts.low, v, V(low_mass > 0 ? low : high));
+    put(cuts.high, v, V(high_mass > 0 ? high : low));
   }
 }

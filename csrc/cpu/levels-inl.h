@@ -4,8 +4,7 @@
 
 #include "best_cut-inl.h"
 
-// Storage <-> arithmetic
-// -----------------------------------------------------------------------------
+// --- Storage <-> arithmetic ---
 
 template <class Real>
 void load(const void* data, DType dtype, int64_t offset, int count, Real* out) {
@@ -30,37 +29,66 @@ void store(const Real* values, int count, void* data, DType dtype, int64_t offse
   });
 }
 
-// Sums
-// -----------------------------------------------------------------------------------------------
+// --- Vectors along a group ---
 
-// term(0) + ... + term(size - 1) in kLanes partial sums, the same order on every instruction set.
-// A term multiplies by a comparison instead of choosing by it: GCC 12 miscompiles
-// `lanes[l] += a[i] > b ? c[i] : 0` for AVX2 at -O3 (it adds some lanes twice or never).
+template <class Real>
+constexpr int kWidth = kVectorBytes / int(sizeof(Real));
+
+template <class Real>
+inline Vector<Real>& at(Real* values, int i) {
+  return *reinterpret_cast<Vector<Real>*>(values + i);
+}
+template <class Real>
+inline const Vector<Real>& at(const Real* values, int i) {
+  return *reinterpret_cast<const Vector<Real>*>(values + i);
+}
+
+// The sum of term(i), a vector of values [i, i + width), over a group: in kLanes partial sums, the
+// same order on every instruction set. Vectors are written out because GCC 12 miscompiles the plain
+// loop `lanes[l] += a[l] > b ? c[l] : 0` for AVX2 at -O3.
 template <class Real, class Term>
 inline Real sum(int size, Term term) {
-  Real lanes[kLanes] = {};
+  constexpr int kVectors = kLanes / kWidth<Real>;
+  Vector<Real> partial[kVectors] = {};
   for (int i = 0; i < size; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lanes[l] += term(i + l);
+    for (int v = 0; v < kVectors; ++v) partial[v] += term(i + v * kWidth<Real>);
   }
+  alignas(64) Real lanes[kLanes];
+  for (int v = 0; v < kVectors; ++v) at(lanes, v * kWidth<Real>) = partial[v];
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
   }
   return lanes[0];
 }
 
+// values[i] = f(i), a vector at a time.
+template <class Real, class F>
+inline void fill(Real* values, int size, F f) {
+  for (int i = 0; i < size; i += kWidth<Real>) at(values, i) = f(i);
+}
+
 template <class Real>
-inline Real magnitude(Real v) {
+inline Vector<Real> magnitude(const Vector<Real>& v) {
   return v < 0 ? -v : v;
 }
 
-// Levels of kLanes groups
-// ----------------------------------------------------------------------------
+template <class Real>
+inline Vector<Real> sign_of(const Vector<Real>& v) {
+  const Vector<Real> zero{}, one = zero + 1;
+  return (v > 0 ? one : zero) - (v < 0 ? one : zero);
+}
+
+// --- Levels of kLanes groups ---
 
 template <class Real>
 struct Levels {
   Real origin, threshold, low, high;
 
   bool bit(Real v) const { return v - origin > threshold; }
+  // a where the bit is set, b elsewhere.
+  Vector<Real> select(const Vector<Real>& v, const Vector<Real>& a, const Vector<Real>& b) const {
+    return v - origin > threshold ? a : b;
+  }
 };
 
 template <class Real>
@@ -83,56 +111,40 @@ Levels<Real> minmax_levels(const Real* v, int size) {
 
 template <class Real>
 Levels<Real> sign_levels(const Real* v, const Real* importance, int size) {
-  const Real mass = sum<Real>(size, [&](int i) { return importance[i]; });
-  const Real total = sum<Real>(size, [&](int i) { return importance[i] * magnitude(v[i]); });
+  const Real mass = sum<Real>(size, [&](int i) { return at(importance, i); });
+  const Real total =
+      sum<Real>(size, [&](int i) { return at(importance, i) * magnitude<Real>(at(v, i)); });
   return {0, 0, -total / mass, total / mass};
 }
 
 template <class Real>
 Levels<Real> mean_levels(const Real* v, int size) {
-  const Real mean = sum<Real>(size, [&](int i) { return v[i]; }) / size;
-  const Real deviation = sum<Real>(size, [&](int i) { return magnitude(v[i] - mean); }) / size;
+  const Real mean = sum<Real>(size, [&](int i) { return at(v, i); }) / size;
+  const Real deviation =
+      sum<Real>(size, [&](int i) { return magnitude<Real>(at(v, i) - mean); }) / size;
   return {mean, 0, mean - deviation, mean + deviation};
 }
 
-// The weighted means on both sides of the threshold; a side without importance takes the other's.
-// Taken from the lowest and the highest value on, so that a side of equal values keeps them
-// exactly: weights that are already binary lose nothing.
 template <class Real>
-Levels<Real> cut_levels(const Real* v, const Real* importance, int size, Real threshold) {
-  Real lowest = v[0], highest = v[0];
-  for (int i = 1; i < size; ++i) {
-    lowest = v[i] < lowest ? v[i] : lowest;
-    highest = v[i] > highest ? v[i] : highest;
+void transpose(const Real (&from)[kLanes][kMaxGroup], int size, Lanes<Real>& to) {
+  for (int l = 0; l < kLanes; ++l) {
+    for (int i = 0; i < size; ++i) to.values[i][l] = from[l][i];
   }
-  const auto high = [&](int i) { return importance[i] * Real(v[i] > threshold); };
-  const auto low = [&](int i) { return importance[i] * Real(v[i] <= threshold); };
-  const Real high_mass = sum<Real>(size, high);
-  const Real low_mass = sum<Real>(size, low);
-  const Real above = sum<Real>(size, [&](int i) { return low(i) * (v[i] - lowest); });
-  const Real below = sum<Real>(size, [&](int i) { return high(i) * (highest - v[i]); });
-  const Real low_level = lowest + above / low_mass, high_level = highest - below / high_mass;
-  return {0, threshold, low_mass > 0 ? low_level : high_level,
-          high_mass > 0 ? high_level : low_level};
 }
 
 template <class Real>
 void optimal_levels(Tile<Real>& tile, bool weighted) {
   Lanes<Real> lanes, weights;
-  alignas(64) Real thresholds[kLanes];
-  for (int l = 0; l < kLanes; ++l) {
-    for (int i = 0; i < tile.size; ++i) lanes.values[i][l] = tile.values[l][i];
-  }
+  Cuts<Real> cuts;
+  transpose(tile.values, tile.size, lanes);
   if (weighted) {
-    for (int l = 0; l < kLanes; ++l) {
-      for (int i = 0; i < tile.size; ++i) weights.values[i][l] = tile.importance[l][i];
-    }
-    best_cuts(lanes, weights, tile.size, thresholds);
+    transpose(tile.importance, tile.size, weights);
+    best_cuts<Real, true>(lanes, &weights, tile.size, cuts);
   } else {
-    best_cuts(lanes, tile.size, thresholds);
+    best_cuts<Real, false>(lanes, nullptr, tile.size, cuts);
   }
   for (int l = 0; l < tile.count; ++l) {
-    tile.levels[l] = cut_levels(tile.values[l], tile.importance[l], tile.size, thresholds[l]);
+    tile.levels[l] = {0, cuts.threshold[l], cuts.low[l], cuts.high[l]};
   }
 }
 
@@ -178,8 +190,7 @@ void for_each_tile(const LevelsArgs& args, int64_t begin, int64_t end, Visit vis
   }
 }
 
-// The functions of the table
-// -------------------------------------------------------------------------
+// --- The functions of the table ---
 
 template <class Real>
 void quantize_as(const LevelsArgs& args, const QuantizeLevelsOut& out, int64_t begin, int64_t end) {
@@ -205,28 +216,26 @@ template <class Real>
 void fake_quantize_as(
     const LevelsArgs& args, void* out, DType out_dtype, int64_t begin, int64_t end) {
   for_each_tile<Real>(args, begin, end, [&](const Tile<Real>& tile, int64_t group) {
-    Real result[kMaxGroup];
+    alignas(64) Real result[kMaxGroup];
     for (int l = 0; l < tile.count; ++l) {
       const Levels<Real> levels = tile.levels[l];
-      for (int i = 0; i < tile.size; ++i) {
-        result[i] = levels.bit(tile.values[l][i]) ? levels.high : levels.low;
-      }
+      const Vector<Real> high = Vector<Real>{} + levels.high, low = Vector<Real>{} + levels.low;
+      fill(result, tile.size,
+           [&](int i) { return levels.select(at(tile.values[l], i), high, low); });
       store(result, tile.size, out, out_dtype, (group + l) * tile.size);
     }
   });
-}
-
-template <class Real>
-inline Real sign_of(Real v) {
-  return Real(v > 0) - Real(v < 0);
 }
 
 // Adds to grad [size] what flows through the levels of one group.
 template <class Real>
 void add_level_gradient(
     Rule rule, const Levels<Real>& levels, const Real* v, int size, Real* grad) {
-  const Real total = sum<Real>(size, [&](int i) { return grad[i]; });
-  const Real high = sum<Real>(size, [&](int i) { return Real(levels.bit(v[i])) * grad[i]; });
+  using V = Vector<Real>;
+  const V zero{}, one = zero + 1;
+  const Real total = sum<Real>(size, [&](int i) { return at(grad, i); });
+  const Real high =
+      sum<Real>(size, [&](int i) { return levels.select(at(v, i), at(grad, i), zero); });
   const Real low = total - high;
   const Real n = Real(size);
   switch (rule) {
@@ -242,21 +251,24 @@ void add_level_gradient(
     }
     case Rule::kSign: {
       const Real slope = (high - low) / n;
-      for (int i = 0; i < size; ++i) grad[i] += slope * sign_of(v[i]);
+      fill(grad, size, [&](int i) { return at(grad, i) + slope * sign_of<Real>(at(v, i)); });
       return;
     }
     case Rule::kMean: {
       const Real mean = levels.origin, slope = (high - low) / n;
-      const Real balance = sum<Real>(size, [&](int i) { return sign_of(v[i] - mean); }) / n;
+      const Real balance =
+          sum<Real>(size, [&](int i) { return sign_of<Real>(at(v, i) - mean); }) / n;
       const Real shift = total / n - slope * balance;
-      for (int i = 0; i < size; ++i) grad[i] += shift + slope * sign_of(v[i] - mean);
+      fill(grad, size,
+           [&](int i) { return at(grad, i) + (shift + slope * sign_of<Real>(at(v, i) - mean)); });
       return;
     }
     case Rule::kOptimal: {
-      const Real above = sum<Real>(size, [&](int i) { return Real(levels.bit(v[i])); });
-      const Real to_high = above > 0 ? high / above : 0;
-      const Real to_low = above < n ? low / (n - above) : 0;
-      for (int i = 0; i < size; ++i) grad[i] += levels.bit(v[i]) ? to_high : to_low;
+      const Real above = sum<Real>(size, [&](int i) { return levels.select(at(v, i), one, zero); });
+      const V to_high = zero + (above > 0 ? high / above : 0);
+      const V to_low = zero + (above < n ? low / (n - above) : 0);
+      fill(grad, size,
+           [&](int i) { return at(grad, i) + levels.select(at(v, i), to_high, to_low); });
       return;
     }
   }
@@ -270,7 +282,7 @@ void fake_quantize_backward_as(const LevelsArgs& args,
                                int64_t begin,
                                int64_t end) {
   for_each_tile<Real>(args, begin, end, [&](const Tile<Real>& tile, int64_t group) {
-    Real result[kMaxGroup];
+    alignas(64) Real result[kMaxGroup];
     for (int l = 0; l < tile.count; ++l) {
       const int64_t offset = (group + l) * tile.size;
       load(grad, grad_dtype, offset, tile.size, result);
@@ -280,31 +292,36 @@ void fake_quantize_backward_as(const LevelsArgs& args,
   });
 }
 
+// A negative scale swaps the levels: the bit still picks the nearer one.
 template <class Real>
-Levels<Real> affine_levels(const AffineArgs& args, int64_t group) {
+struct AffineGroup {
   Real scale, bias;
-  load(args.scales, args.level_dtype, group, 1, &scale);
-  load(args.biases, args.level_dtype, group, 1, &bias);
-  // A negative scale swaps the levels: the bit still picks the nearer one.
-  return {bias, scale * Real(0.5), bias, bias + scale};
-}
+
+  Vector<Real> select(const Vector<Real>& v, const Vector<Real>& a, const Vector<Real>& b) const {
+    const Vector<Real> distance = v - bias;
+    const Real half = scale * Real(0.5);
+    return scale < 0 ? Vector<Real>(distance < half ? a : b)
+                     : Vector<Real>(distance > half ? a : b);
+  }
+};
 
 template <class Real>
-inline bool affine_bit(const Levels<Real>& levels, Real v) {
-  return levels.threshold >= 0 ? v - levels.origin > levels.threshold
-                               : v - levels.origin < levels.threshold;
+AffineGroup<Real> affine_group(const AffineArgs& args, int64_t group) {
+  AffineGroup<Real> affine;
+  load(args.scales, args.level_dtype, group, 1, &affine.scale);
+  load(args.biases, args.level_dtype, group, 1, &affine.bias);
+  return affine;
 }
 
 template <class Real>
 void fake_quantize_affine_as(
     const AffineArgs& args, void* out, DType out_dtype, int64_t begin, int64_t end) {
-  Real v[kMaxGroup];
+  alignas(64) Real v[kMaxGroup];
   for (int64_t group = begin; group < end; ++group) {
-    const Levels<Real> levels = affine_levels<Real>(args, group);
+    const AffineGroup<Real> affine = affine_group<Real>(args, group);
+    const Vector<Real> low = Vector<Real>{} + affine.bias, high = low + affine.scale;
     load(args.w, args.dtype, group * args.group_size, args.group_size, v);
-    for (int i = 0; i < args.group_size; ++i) {
-      v[i] = affine_bit(levels, v[i]) ? levels.high : levels.low;
-    }
+    fill(v, args.group_size, [&](int i) { return affine.select(at(v, i), high, low); });
     store(v, args.group_size, out, out_dtype, group * args.group_size);
   }
 }
@@ -317,15 +334,16 @@ void fake_quantize_affine_backward_as(const AffineArgs& args,
                                       void* grad_biases,
                                       int64_t begin,
                                       int64_t end) {
-  Real v[kMaxGroup], g[kMaxGroup];
+  alignas(64) Real v[kMaxGroup], g[kMaxGroup];
+  const Vector<Real> zero{};
   const int size = args.group_size;
   for (int64_t group = begin; group < end; ++group) {
-    const Levels<Real> levels = affine_levels<Real>(args, group);
+    const AffineGroup<Real> affine = affine_group<Real>(args, group);
     load(args.w, args.dtype, group * size, size, v);
     load(grad, grad_dtype, group * size, size, g);
-    const Real bias = sum<Real>(size, [&](int i) { return g[i]; });
+    const Real bias = sum<Real>(size, [&](int i) { return at(g, i); });
     const Real scale =
-        sum<Real>(size, [&](int i) { return Real(affine_bit(levels, v[i])) * g[i]; });
+        sum<Real>(size, [&](int i) { return affine.select(at(v, i), at(g, i), zero); });
     store(&scale, 1, grad_scales, args.level_dtype, group);
     store(&bias, 1, grad_biases, args.level_dtype, group);
   }

@@ -4,13 +4,9 @@
 
 #include "float_types.h"
 #include "levels.h"
+#include "target.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+ONEBIT_TARGET_BEGIN("avx2,fma")
 
 namespace onebit::cpu {
 namespace {
@@ -25,9 +21,5 @@ extern const LevelKernels kAvx2LevelKernels = make_level_kernels("avx2");
 
 }  // namespace onebit::cpu
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+ONEBIT_TARGET_END
 #endif  // __x86_64__

@@ -4,15 +4,9 @@
 
 #include "float_types.h"
 #include "levels.h"
+#include "target.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(                                                    \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#endif
+ONEBIT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 
 namespace onebit::cpu {
 namespace {
@@ -27,9 +21,5 @@ extern const LevelKernels kAvx512LevelKernels = make_level_kernels("avx512");
 
 }  // namespace onebit::cpu
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+ONEBIT_TARGET_END
 #endif  // __x86_64__

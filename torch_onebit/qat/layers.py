@@ -11,6 +11,7 @@ from torch_onebit.level_ops import (
     fake_quantize_affine,
     quantize_levels,
 )
+from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule
 from torch_onebit.packing import GROUP_SIZES, pack_bits
 from torch_onebit.qat.function import latent_linear
 
@@ -29,7 +30,7 @@ class LatentModule(nn.Module):
     scales: nn.Parameter | None
     biases: nn.Parameter | None
 
-    def _set_rule(self, rule: str, group_size: int, symmetric: bool) -> None:
+    def _set_rule(self, rule: str, group_size: int, symmetric: bool, source: nn.Module) -> None:
         check_rule(rule, group_size, symmetric)
         columns = self.weight.shape[1]
         if columns % group_size:
@@ -42,7 +43,7 @@ class LatentModule(nn.Module):
         self.register_parameter("scales", None)
         self.register_parameter("biases", None)
         if rule == "learnable":
-            _, scales, biases = quantize_levels(self.weight.detach(), "mean", group_size)
+            scales, biases = first_levels(self.weight.detach(), group_size, source)
             self.scales = nn.Parameter(scales)
             self.biases = nn.Parameter(biases)
 
@@ -72,7 +73,9 @@ class QATLinear(LatentModule):
     1-bit weights from the latent ones, so they take no memory between the two.
 
     Args:
-        linear: its ``weight`` and ``bias`` parameters are taken over, not copied.
+        linear: its ``weight`` and ``bias`` parameters are taken over, not copied. An
+            ``OneBitLinear`` starts from its weights as they are: latent weights at their levels,
+            and with rule "learnable" its scales and biases.
         rule: "mean", "sign", "optimal", "minmax" or "learnable" (free scales and biases).
         group_size: 32, 64 or 128.
         symmetric: convert to the form without biases; rule "sign" only.
@@ -84,7 +87,7 @@ class QATLinear(LatentModule):
 
     def __init__(
         self,
-        linear: nn.Linear,
+        linear: nn.Linear | OneBitLinear,
         *,
         rule: str = "mean",
         group_size: int = 128,
@@ -93,9 +96,9 @@ class QATLinear(LatentModule):
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        self.weight = linear.weight
+        self.weight = latent_weight(linear)
         self.register_parameter("bias", linear.bias)
-        self._set_rule(rule, group_size, symmetric)
+        self._set_rule(rule, group_size, symmetric, linear)
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,7 +119,8 @@ class QATEmbedding(LatentModule):
     Only the rows looked up are quantized: a group never crosses rows.
 
     Args:
-        embedding: its ``weight`` parameter is taken over, not copied; without ``max_norm``.
+        embedding: its ``weight`` parameter is taken over, not copied; without ``max_norm``. An
+            ``OneBitEmbedding`` as in ``QATLinear``.
         rule, group_size, symmetric: as in ``QATLinear``.
     Raises:
         ValueError: a rule, group size, shape or max_norm that is not allowed.
@@ -124,20 +128,20 @@ class QATEmbedding(LatentModule):
 
     def __init__(
         self,
-        embedding: nn.Embedding,
+        embedding: nn.Embedding | OneBitEmbedding,
         *,
         rule: str = "mean",
         group_size: int = 128,
         symmetric: bool = False,
     ) -> None:
         super().__init__()
-        if embedding.max_norm is not None:
+        if getattr(embedding, "max_norm", None) is not None:
             raise ValueError(f"embedding must have no max_norm, got {embedding.max_norm}")
         self.num_embeddings = embedding.num_embeddings
         self.embedding_dim = embedding.embedding_dim
         self.padding_idx = embedding.padding_idx
-        self.weight = embedding.weight
-        self._set_rule(rule, group_size, symmetric)
+        self.weight = latent_weight(embedding)
+        self._set_rule(rule, group_size, symmetric, embedding)
         self.train(embedding.training)
 
     def forward(self, indices: Tensor) -> Tensor:
@@ -152,6 +156,22 @@ class QATEmbedding(LatentModule):
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {self._extra()}"
+
+
+def latent_weight(source: nn.Module) -> nn.Parameter:
+    """The float weights of a layer; those of a packed layer are its dequantized ones."""
+    if not isinstance(source, OneBitModule):
+        return source.weight
+    return nn.Parameter(source.dequantize().detach())
+
+
+def first_levels(weight: Tensor, group_size: int, source: nn.Module) -> tuple[Tensor, Tensor]:
+    """(scales, biases) that learnable levels start from."""
+    if isinstance(source, OneBitModule) and source.group_size == group_size:
+        scales = source.scales.detach().clone()
+        biases = scales * -0.5 if source.biases is None else source.biases.detach().clone()
+        return scales, biases
+    return quantize_levels(weight, "mean", group_size)[1:]
 
 
 class FakeQuantize(nn.Module):

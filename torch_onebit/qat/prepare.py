@@ -16,7 +16,12 @@ from torch_onebit.qat.layers import (
     check_rule,
 )
 
-_QAT_LAYERS: dict[type, type[LatentModule]] = {nn.Linear: QATLinear, nn.Embedding: QATEmbedding}
+_QAT_LAYERS: dict[type, type[LatentModule]] = {
+    nn.Linear: QATLinear,
+    nn.Embedding: QATEmbedding,
+    OneBitLinear: QATLinear,
+    OneBitEmbedding: QATEmbedding,
+}
 
 
 def prepare_qat_(
@@ -27,18 +32,21 @@ def prepare_qat_(
     symmetric: bool = False,
     filter_fn: FilterFn | None = None,
 ) -> nn.Module:
-    """Make a model train with 1-bit weights, in place: nn.Linear and nn.Embedding become QAT
-    layers.
+    """Make a model train with 1-bit weights, in place: linear and embedding layers become QAT ones.
 
-    Parameters stay the same objects: an optimizer made before keeps working, tied weights stay
-    tied. A layer whose weight is parametrized keeps its class and gets one more parametrization.
-    Layers that the format cannot hold are left as they are.
+    Parameters of float layers stay the same objects: an optimizer made before keeps working, tied
+    weights stay tied. A layer whose weight is parametrized keeps its class and gets one more
+    parametrization. Layers that the format cannot hold are left as they are.
+
+    Packed layers get latent weights again, at their levels, and keep their group size:
+    ``calibrate_`` and then ``prepare_qat_(rule="learnable")`` is the best start there is.
 
     Args:
         model: the model; not itself one of the two layers.
-        rule: how levels follow from latent weights: "mean" (best), "sign", "optimal", "minmax", or
-            "learnable" (scales and biases are parameters: prepare before making the optimizer).
-        group_size: weights that share a scale: 32, 64 or 128.
+        rule: how levels follow from latent weights: "mean" (best from float weights), "sign",
+            "optimal", "minmax", or "learnable" (scales and biases are parameters, best from
+            calibrated weights; prepare before making the optimizer).
+        group_size: weights that share a scale, of float layers: 32, 64 or 128.
         symmetric: convert to weights of ``±scale / 2`` without biases; rule "sign" only.
         filter_fn: ``filter_fn(module, name)`` is false to leave the layer, true to swap it, or a
             dict of ``rule``, ``group_size`` and ``symmetric`` for this layer.
@@ -55,7 +63,7 @@ def prepare_qat_(
         )
     defaults = {"rule": rule, "group_size": group_size, "symmetric": symmetric}
     swapped: dict[int, nn.Module] = {}
-    first: dict[int, LatentModule] = {}  # by identity of the latent weight
+    first: dict[int, LatentModule] = {}  # by identity of the weight it was made from
     for name, parent, attribute, layer in list(_places(model, lambda m: bool(_float_layer(m)))):
         accepted = filter_fn(layer, name) if filter_fn else True
         if not isinstance(accepted, dict) and not accepted:
@@ -67,13 +75,15 @@ def prepare_qat_(
                     f"filter_fn must return options among {sorted(defaults)}, "
                     f"got {sorted(options.keys() - defaults.keys())}"
                 )
-            check_rule(**options)
-            if _obstacle(layer, options["group_size"]):
+            if isinstance(layer, OneBitModule):
+                options["group_size"] = layer.group_size
+            elif _obstacle(layer, options["group_size"]):
                 continue
+            check_rule(**options)
             swapped[id(layer)] = new = _prepare(layer, options)
             if isinstance(new, LatentModule):
-                owner = first.setdefault(id(new.weight), new)
-                new.scales, new.biases = owner.scales, owner.biases  # learnable levels are tied too
+                owner = first.setdefault(id(layer.weight), new)
+                new.weight, new.scales, new.biases = owner.weight, owner.scales, owner.biases
         setattr(parent, attribute, swapped[id(layer)])
     return model
 
@@ -110,7 +120,7 @@ def convert_(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module
 
 
 def _float_layer(module: nn.Module) -> type[nn.Module] | None:
-    """nn.Linear or nn.Embedding when module is one, perhaps with a parametrized weight."""
+    """The key of _QAT_LAYERS for module, whose weight may be parametrized; None for others."""
     for kind in _QAT_LAYERS:
         if type(module) is kind:
             return kind

@@ -1,0 +1,111 @@
+"""Tables, bars and plots of bench_training.py, and the figures in docs/which_method.md."""
+
+import json
+import re
+from pathlib import Path
+from statistics import mean
+
+# protocol, variant, the variant it is held against, nats allowed between them
+BARS = [
+    ("short", "PTQ calibrated", "float32", 0.20),
+    ("short", "calibrated, QAT learnable", "float32, equally long", 0.09),
+    ("short", "calibrated, QAT learnable, distilled", "float32, equally long", 0.07),
+    ("short", "calibrated, levels + LoRA 8", "float32, equally long", 0.09),
+    ("long", "PTQ calibrated", "float32", 0.22),
+]
+MAX_CONVERSION_CHANGE = 0.002
+
+
+def load(protocol: str, results: Path) -> list[dict]:
+    """The JSON of every seed there is."""
+    return [json.loads(p.read_text()) for p in sorted(results.glob(f"training_{protocol}_seed*"))]
+
+
+def losses(runs: list[dict], variant: str) -> list[float]:
+    return [run["variants"][variant]["loss"] for run in runs if variant in run["variants"]]
+
+
+def table(runs: list[dict]) -> str:
+    """Markdown: a row per variant that every seed has; losses in nats per byte."""
+    seeds = [f"seed {run['seed']}" for run in runs]
+    header = ["", *seeds, "mean", "over float32", "trained", "seconds"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for variant in runs[0]["variants"]:
+        values = losses(runs, variant)
+        if len(values) < len(runs):
+            continue
+        untrained = variant.startswith("PTQ") or variant == "float32"
+        bases = losses(runs, "float32" if untrained else "float32, equally long")
+        each = [run["variants"][variant] for run in runs]
+        cells = [
+            variant,
+            *[f"{v:.3f}" for v in values],
+            f"{mean(values):.3f}",
+            f"{mean(values) - mean(bases):+.3f}" if len(bases) == len(values) else "",
+            f"{each[0]['trained'] / 1000:,.0f} k" if each[0]["trained"] else "",
+            f"{mean(r['seconds'] for r in each):.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def bars(protocol: str, runs: list[dict]) -> list[tuple[str, float, float]]:
+    """(what, measured, allowed) in nats, of the bars whose figures are there."""
+    found = []
+    for bar_protocol, variant, base, allowed in BARS:
+        values, bases = losses(runs, variant), losses(runs, base)
+        if bar_protocol == protocol and len(values) == len(bases) == len(runs):
+            found.append((f"{variant} over {base}", mean(values) - mean(bases), allowed))
+    results = [result for run in runs for result in run["variants"].values()]
+    changes = [abs(r["converted"] - r["loss"]) for r in results if r["converted"] is not None]
+    if changes:
+        found.append(("packing changes the loss by", max(changes), MAX_CONVERSION_CHANGE))
+    return found
+
+
+def bar_table(found: list[tuple[str, float, float]]) -> str:
+    lines = ["| bar (nats) | measured | allowed | |", "|---|---|---|---|"]
+    for what, measured, allowed in found:
+        verdict = "met" if measured <= allowed else "MISSED"
+        lines.append(f"| {what} | {measured:.4f} | {allowed} | {verdict} |")
+    return "\n".join(lines)
+
+
+def plot(protocol: str, runs: list[dict], path: Path) -> None:
+    """Training loss of the first seed's variants, smoothed over 20 steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for variant, result in runs[0]["variants"].items():
+        curve = result["curve"]
+        if not curve or "distilled" in variant:  # distilled: their loss is another quantity
+            continue
+        smooth = [mean(curve[max(0, i - 20) : i + 1]) for i in range(len(curve))]
+        axes.plot(smooth, label=f"{variant} ({result['loss']:.3f})")
+    axes.set(xlabel="steps from the float32 model", ylabel="training loss, nats per byte")
+    axes.set_title(f"{protocol} protocol, seed {runs[0]['seed']} (brackets: validation loss)")
+    axes.set_ylim(top=2.6)
+    axes.legend()
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def write(protocol: str, results: Path, page: Path) -> bool:
+    """Print the tables, refresh the page, draw the curves. Returns whether every bar was met."""
+    runs = load(protocol, results)
+    if not runs:
+        print("no results yet")
+        return False
+    found = bars(protocol, runs)
+    text = f"{table(runs)}\n\n{bar_table(found)}"
+    print(text)
+    marked = re.compile(rf"(<!-- {protocol} -->\n).*?(<!-- end -->)", re.DOTALL)
+    page.write_text(marked.sub(lambda m: f"{m[1]}{text}\n{m[2]}", page.read_text()))
+    try:
+        plot(protocol, runs, results / f"training_{protocol}.png")
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+    return all(measured <= allowed for _, measured, allowed in found)
