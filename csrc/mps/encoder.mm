@@ -44,9 +44,12 @@ id<MTLLibrary> compile(id<MTLDevice> device) {
   MTLCompileOptions* options = [MTLCompileOptions new];
   options.languageVersion = MTLLanguageVersion3_1;  // the first with bfloat
   // Fast math, the default, drops NaN and infinities, and quantize is exact.
+#if __MAC_OS_X_VERSION_MAX_ALLOWED >= 150000  // older SDKs have no mathMode
   if (@available(macOS 15.0, *)) {
     options.mathMode = MTLMathModeSafe;
-  } else {
+  } else
+#endif
+  {
 #pragma clang diagnostic push
 #pragma clang diagnostic ignored "-Wdeprecated-declarations"
     options.fastMathEnabled = NO;
