@@ -54,11 +54,6 @@ MUTANTS = {
         "if (true) {",
         "only available on macOS 15.0",
     ),
-    "deprecated call outside its guard": (
-        "options.languageVersion =",
-        "options.fastMathEnabled = NO; options.languageVersion =",
-        "deprecated",
-    ),
     "moved namespace": (
         "at::mps::getCurrentMPSStream()",
         "at::native::mps::getCurrentMPSStream()",
@@ -67,7 +62,7 @@ MUTANTS = {
     "wrong return type": (
         "id<MTLLibrary> library =\n      [device newLibraryWithSource:",
         "id<MTLBuffer> library =\n      [device newLibraryWithSource:",
-        "incompatible|initializing",
+        "cannot initialize|incompatible",
     ),
 }
 
