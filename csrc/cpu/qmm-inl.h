@@ -322,7 +322,7 @@ void qmm_t_panels(const QmmArgs& a, const Block& block) {
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t row = n + t * L::kRows, rows = at_most(L::kRows, n + n_count - row);
           // The next tile's words, a line or two per row: rows are too far apart for the hardware
-          // to foresee. 10% at M = 8.
+          // to foresee.
           const int64_t next_end = at_most(row + 2 * L::kRows, n + n_count);
           for (int64_t r = row + L::kRows; r < next_end; ++r) {
             const auto* next = a.w.packed + r * words + k / kWordBits;
