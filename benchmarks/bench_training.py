@@ -151,6 +151,11 @@ def ptq(method: str) -> Callable[[Bench], Outcome]:
     return run
 
 
+def level_rate(name: str) -> float:
+    """Learnable levels take three times the learning rate of latent weights."""
+    return 3.0 if name.endswith((".scales", ".biases")) else 1.0
+
+
 def qat(rule: str, *, start: str = "float32", distill: bool = False) -> Callable[[Bench], Outcome]:
     """QAT of the float32 model, or of the calibrated one: bits, levels and all the rest."""
 
@@ -159,7 +164,8 @@ def qat(rule: str, *, start: str = "float32", distill: bool = False) -> Callable
         torch_onebit.prepare_qat_(
             model, rule=rule, group_size=bench.protocol.group_size, filter_fn=in_blocks
         )
-        result = bench.train_on(model, loss_fn=bench.distillation() if distill else None)
+        loss_fn = bench.distillation() if distill else None
+        result = bench.train_on(model, loss_fn=loss_fn, rate=level_rate)
         result.converted = bench.evaluate(torch_onebit.convert_(model, dtype=torch.float16))
         return result
 
