@@ -151,11 +151,6 @@ def ptq(method: str) -> Callable[[Bench], Outcome]:
     return run
 
 
-def level_rate(name: str) -> float:
-    """Learnable levels take three times the learning rate of latent weights."""
-    return 3.0 if name.endswith((".scales", ".biases")) else 1.0
-
-
 def qat(rule: str, *, start: str = "float32", distill: bool = False) -> Callable[[Bench], Outcome]:
     """QAT of the float32 model, or of the calibrated one: bits, levels and all the rest."""
 
@@ -165,7 +160,7 @@ def qat(rule: str, *, start: str = "float32", distill: bool = False) -> Callable
             model, rule=rule, group_size=bench.protocol.group_size, filter_fn=in_blocks
         )
         loss_fn = bench.distillation() if distill else None
-        result = bench.train_on(model, loss_fn=loss_fn, rate=level_rate)
+        result = bench.train_on(model, loss_fn=loss_fn)
         result.converted = bench.evaluate(torch_onebit.convert_(model, dtype=torch.float16))
         return result
 
@@ -181,8 +176,7 @@ def frozen_bits(rank: int, distill: bool = False) -> Callable[[Bench], Outcome]:
         if rank:
             torch_onebit.add_lora_(model, rank=rank)
         loss_fn = bench.distillation() if distill else None
-        # Levels and LoRA take more than weights do: 2e-3 ends 0.012 nats higher.
-        return bench.train_on(model, learning_rate=6e-3, weight_decay=0.0, loss_fn=loss_fn)
+        return bench.train_on(model, weight_decay=0.0, loss_fn=loss_fn)
 
     return run
 

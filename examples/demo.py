@@ -52,7 +52,6 @@ def train_one_bit(model: ByteLM, teacher: ByteLM, text: Tensor, steps: int) -> N
         steps=steps,
         learning_rate=2e-3,
         loss_fn=torch_onebit.Distillation(teacher, weight=0.5),
-        rate=lambda name: 3.0 if name.endswith((".scales", ".biases")) else 1.0,
         seed=1,
         title="train 1-bit",
     )
