@@ -83,11 +83,17 @@ def plot(protocol: str, runs: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    # Not the distilled ones: their loss is another quantity.
+    curves = {
+        variant: result
+        for variant, result in runs[0]["variants"].items()
+        if result["curve"] and "distilled" not in variant
+    }
+    if not curves:
+        return
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    for variant, result in runs[0]["variants"].items():
+    for variant, result in curves.items():
         curve = result["curve"]
-        if not curve or "distilled" in variant:  # distilled: their loss is another quantity
-            continue
         smooth = [mean(curve[max(0, i - 20) : i + 1]) for i in range(len(curve))]
         axes.plot(smooth, label=f"{variant} ({result['loss']:.3f})")
     axes.set(xlabel="steps from the float32 model", ylabel="training loss, nats per byte")
