@@ -5,13 +5,43 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCES := $(shell find csrc metal -type f) setup.py pyproject.toml
 
-.PHONY: demo test build check format clean
+.PHONY: demo test check-mps test-kernels test-tsan test-arm bench build check format clean
 
 demo: build
 	$(BIN)/python examples/demo.py
 
-test: build
+test: build test-kernels
 	$(BIN)/python -m pytest
+
+# The Metal backend alone: emulated kernels, shader rules, the macOS build, and the suite on mps.
+check-mps: build
+	$(BIN)/python -m pytest tests/metal
+	$(BIN)/python -m pytest tests -m mps
+
+# The CPU kernels alone, without torch: every table of this machine against the scalar one; the same
+# under ThreadSanitizer; and for 64-bit ARM in an emulator (Debian: g++-aarch64-linux-gnu qemu-user).
+KERNELS := $(wildcard csrc/cpu/kernels*.cpp) csrc/cpu/scratch.cpp tests/cpp/test_kernels.cpp
+KERNEL_FLAGS := -std=c++17 -Wall -Wextra -pthread
+
+test-kernels: build/test_kernels
+	build/test_kernels
+
+build/test_kernels: $(KERNELS) $(wildcard csrc/cpu/*.h csrc/*.h)
+	mkdir -p build
+	$(CXX) $(KERNEL_FLAGS) -O1 $(KERNELS) -o $@
+
+test-tsan: $(KERNELS)
+	mkdir -p build
+	$(CXX) $(KERNEL_FLAGS) -O1 -g -fsanitize=thread $(KERNELS) -o build/test_kernels_tsan
+	build/test_kernels_tsan
+
+test-arm: $(KERNELS)
+	mkdir -p build
+	aarch64-linux-gnu-g++ $(KERNEL_FLAGS) -O2 $(KERNELS) -o build/test_kernels_arm
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/test_kernels_arm
+
+bench: build
+	$(BIN)/python -m torch_onebit bench
 
 build: $(VENV)/.built
 

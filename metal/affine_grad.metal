@@ -1,8 +1,8 @@
 // Gradients of scales and biases. With dW = by_row^T . by_column [rows, columns]:
 //   grad_scales[r, g] = sum of dW[r, j] over the group where the bit is 1
 //   grad_biases[r, g] = sum of dW[r, j] over the group
-// dW itself is never formed: per row m of the two, a lane sums 32 values of by_column once under the
-// bits of each of its rows of w and once in full, and multiplies both sums with by_row[m, r].
+// dW itself is never formed: per row m of the two, a lane sums 32 values of by_column once under
+// the bits of each of its rows of w and once in full, and multiplies both sums with by_row[m, r].
 // Threadgroup: kGradSimdgroups simdgroups of kGradRows rows each; a lane owns one word.
 // Held per lane: 32 values, 8 sums, 4 words. Grid: x over words, y over rows, z over matrices of w.
 #include "common.h"

@@ -1,8 +1,8 @@
 // Shared by the kernels: function constants, levels of a group, blocks of x, matrices of a batch.
 #pragma once
-#include <metal_stdlib>
 #include <metal_simdgroup>
 #include <metal_simdgroup_matrix>
+#include <metal_stdlib>
 
 #include "params.h"
 

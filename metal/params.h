@@ -29,8 +29,8 @@ struct QuantizeParams {
 ONEBIT_CONSTANT uint32_t kQuantizeSimdgroups = 8;
 
 struct DecodeParams {
-  uint32_t rows;         // of packed; one when all of it is decoded as one long row
-  uint32_t words;        // of a row
+  uint32_t rows;   // of packed; one when all of it is decoded as one long row
+  uint32_t words;  // of a row
   uint32_t group_shift;
 };
 ONEBIT_CONSTANT uint32_t kDecodeThreads = 256;  // 8 values each: one byte of packed
@@ -77,9 +77,9 @@ ONEBIT_CONSTANT uint32_t kSumThreads = 256;
 struct AffineGradParams {
   uint32_t m, rows, columns;
   uint32_t group_shift;
-  uint32_t batches;      // matrices of the gradient
+  uint32_t batches;  // matrices of the gradient
   uint32_t x_matrices, w_matrices;
-  uint32_t x_by_row;     // 1 when x is by_row
+  uint32_t x_by_row;  // 1 when x is by_row
 };
 ONEBIT_CONSTANT uint32_t kGradRows = 4;
 ONEBIT_CONSTANT uint32_t kGradSimdgroups = 4;

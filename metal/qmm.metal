@@ -1,8 +1,8 @@
-// y[m, n] = x[m, :] . dequantize(w)[n, :] for many rows of x; w stays packed in device memory and is
-// decoded tile by tile in threadgroup memory (9 KB of it).
-// Threadgroup: 4 simdgroups, one tile of kTileM x kTileN outputs; each simdgroup 16 x 16 of it.
-// Held per lane: 16 sums in two stages, 8 matrix elements; registers do not limit.
-// Grid: x over n, y over m, z over batches times splits of k. A split writes float partial sums.
+// y[m, n] = x[m, :] . dequantize(w)[n, :] for many rows of x; w stays packed in device memory and
+// is decoded tile by tile in threadgroup memory (9 KB of it). Threadgroup: 4 simdgroups, one tile
+// of kTileM x kTileN outputs; each simdgroup 16 x 16 of it. Held per lane: 16 sums in two stages, 8
+// matrix elements; registers do not limit. Grid: x over n, y over m, z over batches times splits of
+// k. A split writes float partial sums.
 #include "tile.h"
 
 template <typename T, typename O>
@@ -25,10 +25,12 @@ template <typename T, typename O>
   const uint words = p.k / kWordBits, groups = words >> p.group_shift;
   const uint row = min(eighth_of(thread_index).row, rows - 1);
   const uint k_begin = split * p.split_k, k_end = min(p.k, k_begin + p.split_k);
-  product_tile(x + (matrices.x * p.m + m0 + row) * p.k, packed + matrices.w * p.n * words, scales,
-               biases, matrices.w * p.n * groups, y + (group.z * p.m + m0) * p.n,
-               group.x * kTileN, 0, rows, k_begin / kWordBits, k_end / kWordBits, matrices.valid, p,
-               x_tile, w_tile, simdgroup, thread_index);
+  const Weights w = {packed + matrices.w * p.n * words, scales, biases, matrices.w * p.n * groups};
+  const Extent extent = {
+      group.x * kTileN, 0, rows, k_begin / uint(kWordBits), k_end / uint(kWordBits),
+      matrices.valid};
+  product_tile(x + (matrices.x * p.m + m0 + row) * p.k, w, extent, y + (group.z * p.m + m0) * p.n,
+               p, x_tile, w_tile, simdgroup, thread_index);
 }
 
 // y[b, n] = x[x_index[b], :] . dequantize(w[w_index[b]])[n, :] for many single rows, sorted by
@@ -61,9 +63,10 @@ template <typename T>
       if (next.w != first.w || next.valid != first.valid) break;
       end++;
     }
-    product_tile(x + mine.x * p.k, packed + first.w * p.n * words, scales, biases,
-                 first.w * p.n * groups, y + m0 * p.n, group.x * kTileN, begin, end, 0, words,
-                 first.valid, p, x_tile, w_tile, simdgroup, thread_index);
+    const Weights w = {packed + first.w * p.n * words, scales, biases, first.w * p.n * groups};
+    const Extent extent = {group.x * kTileN, begin, end, 0, words, first.valid};
+    product_tile(x + mine.x * p.k, w, extent, y + m0 * p.n, p, x_tile, w_tile, simdgroup,
+                 thread_index);
     begin = end;
   }
 }

@@ -28,7 +28,8 @@ template <typename T, typename O>
   const uint words = p.n / kWordBits, groups = words >> p.group_shift;
   const uint k_begin = split * p.split_k, k_end = min(p.k, k_begin + p.split_k);
 
-  // A thread loads 4 values of x, and half a word of w: k has no alignment, so x is read by element.
+  // A thread loads 4 values of x, and half a word of w: k has no alignment, so x is read by
+  // element.
   const uint x_row = thread_index / 4, x_column = thread_index % 4 * 4;
   const bool x_inside = m0 + x_row < p.m;
   const uint w_row = thread_index / 8, w_half = thread_index % 2 * 16;

@@ -1,11 +1,11 @@
 // y[n] = x . dequantize(w)[n, :] for one row of x.
-// Threadgroup: kQmvSimdgroups simdgroups, each owning kQmvRows outputs, which share the values of x.
-// A lane takes every 32nd word of k, a step of 1024 values: k = 2560 or 5120 stay here, and the last
-// step is a loop bound. Per weight: test the bit, select bias or bias + scale, multiply-add; summing
-// x under the bits instead (scale * sum of set + bias * sum of all) takes as many operations, and
-// its two halves cancel: 2.6 times the error.
-// Held per lane: 32 values of x, 8 words, 8 sums, 2 levels; about 60 of the 128 registers that let a
-// GPU core keep its full number of simdgroups. 64 values of x would spill that.
+// Threadgroup: kQmvSimdgroups simdgroups, each owning kQmvRows outputs, which share the values of
+// x. A lane takes every 32nd word of k, a step of 1024 values: k = 2560 or 5120 stay here, and the
+// last step is a loop bound. Per weight: test the bit, select bias or bias + scale, multiply-add;
+// summing x under the bits instead (scale * sum of set + bias * sum of all) takes as many
+// operations, and its two halves cancel: 2.6 times the error. Held per lane: 32 values of x, 8
+// words, 8 sums, 2 levels; about 60 of the 128 registers that let a GPU core keep its full number
+// of simdgroups. 64 values of x would spill that.
 #include "common.h"
 
 template <typename T>
@@ -41,8 +41,7 @@ template <typename T>
       for (uint j = 0; j < 4; j++) value[i + j] = four[j];
     }
     for (uint r = 0; r < kQmvRows; r++) {
-      const Levels levels =
-          read_levels(scales, biases, row[r] * groups + (word >> p.group_shift));
+      const Levels levels = read_levels(scales, biases, row[r] * groups + (word >> p.group_shift));
       const float one = levels.scale + levels.bias;
       float part = 0;  // of one word, then added: long sums in one register round more
       for (uint i = 0; i < kWordBits; i++) {

@@ -1,6 +1,6 @@
 // y[m, n] = x[m, :] . dequantize(w)[n, :] for 2 to 8 rows of x (speculative decoding, small
-// batches). A word is read and decoded once and multiplied with all rows: per weight 3 operations to
-// decode and M fused multiply-adds, where M passes of qmv would read and decode it M times.
+// batches). A word is read and decoded once and multiplied with all rows: per weight 3 operations
+// to decode and M fused multiply-adds, where M passes of qmv would read and decode it M times.
 // Threadgroup: kWideSimdgroups simdgroups, each owning kWideRows outputs; lanes as in qmv.
 // Held per lane at M = 8: 32 sums, 32 values of x, 4 words, 8 levels; about 90 registers.
 #include "common.h"
@@ -34,8 +34,7 @@ template <typename T, uint M>
     float zero[kWideRows], one[kWideRows];  // what the two bits stand for
     for (uint r = 0; r < kWideRows; r++) {
       bits[r] = packed[row[r] * words + word];
-      const Levels levels =
-          read_levels(scales, biases, row[r] * groups + (word >> p.group_shift));
+      const Levels levels = read_levels(scales, biases, row[r] * groups + (word >> p.group_shift));
       zero[r] = levels.bias;
       one[r] = levels.scale + levels.bias;
     }
@@ -65,7 +64,7 @@ template <typename T, uint M>
 }
 
 // An M without an instance takes the next one: 5 and 7 waste one multiply-add in 6 and 8.
-#define ONEBIT_INSTANTIATE_WIDE(type)                        \
+#define ONEBIT_INSTANTIATE_WIDE(type)                           \
   ONEBIT_INSTANTIATE("qmv_wide_" #type "_2", qmv_wide<type, 2>) \
   ONEBIT_INSTANTIATE("qmv_wide_" #type "_3", qmv_wide<type, 3>) \
   ONEBIT_INSTANTIATE("qmv_wide_" #type "_4", qmv_wide<type, 4>) \

@@ -10,15 +10,13 @@ inline int order_of(float value) {
   if (bits >= 0) return bits;
   return bits == int(0x80000000u) ? 0 : bits ^ 0x7fffffff;
 }
-inline float value_of(int order) {
-  return as_type<float>(order < 0 ? order ^ 0x7fffffff : order);
-}
+inline float value_of(int order) { return as_type<float>(order < 0 ? order ^ 0x7fffffff : order); }
 
 template <typename T>
-[[kernel]] void quantize(const device T* w [[buffer(0)]],      // [groups, 32 * group_words]
-                         device uint* packed [[buffer(1)]],    // [groups, group_words]
-                         device T* scales [[buffer(2)]],       // [groups]
-                         device T* biases [[buffer(3)]],       // [groups]
+[[kernel]] void quantize(const device T* w [[buffer(0)]],    // [groups, 32 * group_words]
+                         device uint* packed [[buffer(1)]],  // [groups, group_words]
+                         device T* scales [[buffer(2)]],     // [groups]
+                         device T* biases [[buffer(3)]],     // [groups]
                          constant QuantizeParams& p [[buffer(4)]],
                          uint threadgroup_index [[threadgroup_position_in_grid]],
                          uint simdgroup [[simdgroup_index_in_threadgroup]],

@@ -1,8 +1,8 @@
 // y[n] = sum over k of x[k] * dequantize(w)[k, n] for one row of x, with w [k, n].
-// Threadgroup: kQvmSimdgroups simdgroups share 1024 outputs, a word (32 outputs) to a lane; simdgroup
-// s takes rows s, s + 8, ... of its split of k, each a 128-byte line. Held per lane: 32 sums and the
-// common sum of x * bias.
-// Grid: x over n, z over batches times splits of k. A split writes float partial sums.
+// Threadgroup: kQvmSimdgroups simdgroups share 1024 outputs, a word (32 outputs) to a lane;
+// simdgroup s takes rows s, s + 8, ... of its split of k, each a 128-byte line. Held per lane: 32
+// sums and the common sum of x * bias. Grid: x over n, z over batches times splits of k. A split
+// writes float partial sums.
 #include "common.h"
 
 template <typename T, typename O>

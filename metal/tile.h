@@ -65,39 +65,41 @@ inline void load_w(threadgroup float* tile, Eighth part, uint bits, Levels level
   for (uint i = 0; i < 8; i++) to[i] = select(levels.bias, one, bit_of(bits, part.column + i));
 }
 
-// y[m0 + row, n0 + column] = tile, for rows in [row_begin, row_end) and columns inside n.
+// One matrix of w.
+struct Weights {
+  const device uint* packed;
+  const device void* scales;
+  const device void* biases;
+  uint first_level;  // of the matrix, in scales and biases
+};
+
+// The part of one output tile that is summed and stored.
+struct Extent {
+  uint n0;                    // first output
+  uint row_begin, row_end;    // of the tile's 32 rows of x
+  uint word_begin, word_end;  // of k
+  bool valid;                 // else the result is NaN
+};
+
+// y[row, n0 + column] = tile, for the rows of the extent and columns inside n.
 template <typename O>
-inline void store_tile(device O* y,
-                       uint n,
-                       uint n0,
-                       uint row_begin,
-                       uint row_end,
-                       const threadgroup float* tile,
-                       bool valid,
-                       uint thread_index) {
+inline void store_tile(
+    device O* y, uint n, Extent extent, const threadgroup float* tile, uint thread_index) {
   for (uint i = thread_index; i < kTileM * kTileN; i += kTileThreads) {
     const uint row = i / kTileN, column = i % kTileN;
-    if (row < row_begin || row >= row_end || n0 + column >= n) continue;
-    y[row * n + n0 + column] = valid ? O(tile[row * kStride + column]) : O(NAN);
+    const bool inside = row >= extent.row_begin && row < extent.row_end && extent.n0 + column < n;
+    if (!inside) continue;
+    y[row * n + extent.n0 + column] = extent.valid ? O(tile[row * kStride + column]) : O(NAN);
   }
 }
 
-// Rows [row_begin, row_end) of one output tile: sum over words [word_begin, word_end) of k.
-// x_row is this thread's row of x, packed and the levels are those of the matrix of w.
-// The tiles in threadgroup memory are free again when it returns.
+// One output tile; x_row is this thread's row of x. The tiles in threadgroup memory are free again
+// when it returns.
 template <typename T, typename O>
 inline void product_tile(const device T* x_row,
-                         const device uint* packed,
-                         const device void* scales,
-                         const device void* biases,
-                         uint first_level,
+                         Weights w,
+                         Extent extent,
                          device O* y,
-                         uint n0,
-                         uint row_begin,
-                         uint row_end,
-                         uint word_begin,
-                         uint word_end,
-                         bool valid,
                          constant QmmParams& p,
                          threadgroup float* x_tile,
                          threadgroup float* w_tile,
@@ -105,9 +107,9 @@ inline void product_tile(const device T* x_row,
                          uint thread_index) {
   const Eighth part = eighth_of(thread_index);
   const uint words = p.k / kWordBits, groups = words >> p.group_shift;
-  const bool x_inside = part.row >= row_begin && part.row < row_end;
-  const bool w_inside = n0 + part.row < p.n;
-  const uint w_row = w_inside ? n0 + part.row : 0;
+  const bool x_inside = part.row >= extent.row_begin && part.row < extent.row_end;
+  const bool w_inside = extent.n0 + part.row < p.n;
+  const uint w_row = w_inside ? extent.n0 + part.row : 0;
   const uint group_mask = (1u << p.group_shift) - 1;
 
   simdgroup_float8x8 acc[2][2], total[2][2];
@@ -118,18 +120,19 @@ inline void product_tile(const device T* x_row,
     }
   }
   Levels levels = {0.0f, 0.0f};
-  for (uint word = word_begin; word < word_end; word++) {
+  for (uint word = extent.word_begin; word < extent.word_end; word++) {
     // Read once per group and kept in registers over its words.
     if (w_inside && (word & group_mask) == 0) {
-      levels = read_levels(scales, biases, first_level + w_row * groups + (word >> p.group_shift));
+      const uint level = w.first_level + w_row * groups + (word >> p.group_shift);
+      levels = read_levels(w.scales, w.biases, level);
     }
-    const uint bits = w_inside ? packed[w_row * words + word] : 0u;
+    const uint bits = w_inside ? w.packed[w_row * words + word] : 0u;
     load_x(x_tile, part, x_row + word * kWordBits + part.column, x_inside);
     load_w(w_tile, part, bits, levels);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     multiply_tiles(x_tile, w_tile, simdgroup, acc);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    if ((word + 1) % (kBlockK / kWordBits) != 0 && word + 1 < word_end) continue;
+    if ((word + 1) % (kBlockK / kWordBits) != 0 && word + 1 < extent.word_end) continue;
     for (uint i = 0; i < 2; i++) {
       for (uint j = 0; j < 2; j++) flush(total[i][j], acc[i][j]);
     }
@@ -141,6 +144,6 @@ inline void product_tile(const device T* x_row,
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  store_tile(y, p.n, n0, row_begin, row_end, x_tile, valid, thread_index);
+  store_tile(y, p.n, extent, x_tile, thread_index);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }

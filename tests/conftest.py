@@ -10,14 +10,15 @@ import torch
 import torch_onebit  # noqa: F401  (loads the operators)
 
 DEVICES = ["cpu"]
-if torch.backends.mps.is_available():
-    DEVICES.append("mps")
-elif sys.platform == "linux" and find_spec("ziglang"):
-    # Where there is no Apple GPU the real csrc/mps and metal/ run on an emulated one.
+if sys.platform == "linux" and find_spec("ziglang"):
+    # No Apple GPU here: the real csrc/mps and metal/ run on an emulated one. First of all, for
+    # torch remembers whether there is one the first time it is asked.
     sys.path.insert(0, str(Path(__file__).parent / "metal"))
     import host_build
 
     host_build.load()
+    DEVICES.append("mps")
+elif torch.backends.mps.is_available():
     DEVICES.append("mps")
 
 

@@ -1,4 +1,4 @@
-"""``python -m torch_onebit info``: what is installed and which kernels this machine runs."""
+"""``python -m torch_onebit info``, ``bench`` (how fast) and ``selftest`` (does the GPU agree)."""
 
 import argparse
 import platform
@@ -6,6 +6,7 @@ import platform
 import torch
 
 import torch_onebit
+from torch_onebit import bench, selftest
 
 
 def info() -> None:
@@ -39,9 +40,17 @@ def main() -> None:
         prog="python -m torch_onebit", description=torch_onebit.__doc__
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, devices and CPU kernels").set_defaults(run=info)
+    info_parser = commands.add_parser("info", help="versions, devices and CPU kernels")
+    info_parser.set_defaults(run=lambda _: info())
+    bench_parser = commands.add_parser("bench", help="speed against torch, MLX and the machine")
+    bench.add_arguments(bench_parser)
+    bench_parser.set_defaults(run=bench.run)
+    selftest_parser = commands.add_parser(
+        "selftest", help="every Metal kernel against the CPU, on a Mac"
+    )
+    selftest_parser.set_defaults(run=lambda _: selftest.run())
     arguments = parser.parse_args()
-    arguments.run()
+    arguments.run(arguments)
 
 
 if __name__ == "__main__":

@@ -34,17 +34,16 @@ void add_grad(const AffineGrad& a,
   build_tables<L, kM, kWords>(a.by_column, m, group * kWords * kWordBits, table, sums);
   for (int64_t n = 0; n < rows; n += L::kRows, index += L::index_size(kWords)) {
     typename L::Vec acc[kM][L::kVectors];
-    L::template tile<kM, kWords>(index, table, acc);
+    collect<L, kM, kWords>(index, table, acc);
     ONEBIT_UNROLL
     for (int r = 0; r < L::kVectors; ++r) {
       const int64_t lane = n + r * L::kLanes;
       auto scale = L::load(scales + lane), bias = L::load(biases + lane);
       ONEBIT_UNROLL
       for (int i = 0; i < kM; ++i) {
-        const auto grad =
-            lane < rows ? L::load_as(a.by_row.data, a.by_row.dtype,
-                                     a.by_row.offset(m + i, row + lane), rows - lane)
-                        : L::zero();
+        const auto grad = lane < rows ? L::load_as(a.by_row.data, a.by_row.dtype,
+                                                   a.by_row.offset(m + i, row + lane), rows - lane)
+                                      : L::zero();
         scale = L::fma(grad, acc[i][r], scale);
         bias = L::fma(grad, L::set(sums[i]), bias);
       }

@@ -58,8 +58,7 @@ struct Avx512 {
         _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(
-        _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
   }
 
   // Element `offset` of a tensor onwards; lanes past `count` are 0 and their memory is not touched.
@@ -67,8 +66,8 @@ struct Avx512 {
     if (dtype == DType::kFloat) {
       return _mm512_maskz_loadu_ps(first(count), static_cast<const float*>(p) + offset);
     }
-    return widen(
-        _mm256_maskz_loadu_epi16(first(count), static_cast<const uint16_t*>(p) + offset), dtype);
+    return widen(_mm256_maskz_loadu_epi16(first(count), static_cast<const uint16_t*>(p) + offset),
+                 dtype);
   }
 
   static ONEBIT_INLINE void store_as(void* p, DType dtype, int64_t offset, int64_t count, Vec v) {
@@ -157,8 +156,8 @@ struct Avx512 {
     out[3] = _mm512_unpackhi_epi64(b, d);
   }
 
-  // Scales or biases of 16 rows as floats, lane = row: group i goes to out + i * ld. `p` is the first
-  // group of the first row, `stride` the bytes of a row.
+  // Scales or biases of 16 rows as floats, lane = row: group i goes to out + i * ld. `p` is the
+  // first group of the first row, `stride` the bytes of a row.
   template <DType kType>
   static ONEBIT_INLINE void transpose_levels(
       const char* p, int64_t stride, int last, int groups, float* out, int64_t ld) {

@@ -12,7 +12,8 @@ namespace {
 constexpr int64_t kStreamBytes = 4 << 20;
 
 template <class V, class T, DType kType, int kGroup>
-void quantize_groups(const T* w, uint32_t* packed, T* scales, T* biases, int64_t begin, int64_t end) {
+void quantize_groups(
+    const T* w, uint32_t* packed, T* scales, T* biases, int64_t begin, int64_t end) {
   constexpr int kVectors = kGroup / V::kLanes;
   for (int64_t g = begin; g < end; ++g) {
     typename V::Vec v[kVectors];

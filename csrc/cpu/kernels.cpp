@@ -11,6 +11,8 @@
 namespace onebit::cpu {
 
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx2Kernels;
+extern const Kernels kNeonKernels;
 
 namespace {
 
@@ -18,6 +20,9 @@ namespace {
 const Kernels* const kCompiled[] = {
 #if defined(__x86_64__)
     &kAvx512Kernels,
+    &kAvx2Kernels,
+#elif defined(__aarch64__)
+    &kNeonKernels,
 #endif
     &kScalarKernels,
 };

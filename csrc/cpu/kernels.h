@@ -32,8 +32,8 @@ struct QmmArgs {
   DType dtype;    // of x and y; sums are float (double for kDouble)
   int64_t m, n, k;
   Weights w;
-  // Row i of the product is row x_rows[i] of x and y_rows[i] of y; null: row i. Lets gather_qmm give
-  // all rows of one expert in one call without copying them.
+  // Row i of the product is row x_rows[i] of x and y_rows[i] of y; null: row i. Lets gather_qmm
+  // give all rows of one expert in one call without copying them.
   const int64_t* x_rows = nullptr;
   const int64_t* y_rows = nullptr;
 };
@@ -82,6 +82,11 @@ struct Kernels {
                    int64_t end);
   // out[(g - begin), group_size] for groups g in [begin, end) of w, rounded as w.dtype rounds.
   void (*dequantize)(const Weights& w, void* out, int64_t begin, int64_t end);
+
+  // For benchmarks: read `count` floats, do `steps` vectors of multiply-adds. The results only keep
+  // the compiler from leaving the work out.
+  float (*read_floats)(const float* p, int64_t count);
+  float (*multiply_adds)(int64_t steps, int64_t* count);
 };
 
 // The reference, one value at a time; other tables give it what they have no fast form of.

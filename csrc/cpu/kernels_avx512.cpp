@@ -17,6 +17,7 @@
 ONEBIT_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 
 #include "lookup_avx512-inl.h"
+#include "lookup_avx512_int16-inl.h"
 #include "table-inl.h"
 
 namespace onebit::cpu {
@@ -28,6 +29,8 @@ struct Shapes {
   using Stream = LookupAvx512<8>;
   using Panel = LookupAvx512<4>;
   using Narrow = LookupAvx512<2>;
+  using Stream16 = LookupAvx512Int16;
+  using Panel16 = LookupAvx512Int16;
   static constexpr int kTile = 64;
 };
 

@@ -240,11 +240,34 @@ void dequantize_any(const Weights& w, void* out, int64_t begin, int64_t end) {
   });
 }
 
+float read_floats(const float* p, int64_t count) {
+  float largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = p[i] > largest ? p[i] : largest;
+  return largest;
+}
+
+float multiply_adds(int64_t steps, int64_t* count) {
+  float v = 1;
+  for (int64_t i = 0; i < steps; ++i) v = std::fma(v, 0.999f, 0.001f);
+  *count = steps;
+  return v;
+}
+
 }  // namespace
 
 extern const Kernels kScalarKernels = {
-    "scalar",     supported,      1, 1, qmm_t_any, qmm_n_any, affine_grad_t_any, affine_grad_n_any,
-    quantize_any, dequantize_any,
+    "scalar",
+    supported,
+    1,
+    1,
+    qmm_t_any,
+    qmm_n_any,
+    affine_grad_t_any,
+    affine_grad_n_any,
+    quantize_any,
+    dequantize_any,
+    read_floats,
+    multiply_adds,
 };
 
 }  // namespace onebit::cpu

@@ -1,9 +1,9 @@
 // Exact float32 by table lookup: the 32 subset sums of 5 activations sit in two registers, and
-// vpermt2ps looks them up with the 5 weight bits of 16 output rows: 80 multiply-adds for one shuffle
-// and one add, where an FMA does 16. Per word of a row: bits 0-4, 5-9, 10-14 of each 16-bit half.
-// vpmulhuw brings the last two down: a shift would compete with the shuffles for their ports
-// (158 against 172 GMAC/s at 4 rows of x, Zen 4). Bits 15 and 31 of a group's words are collected in
-// one more vector when packing.
+// vpermt2ps looks them up with the 5 weight bits of 16 output rows: 80 multiply-adds for one
+// shuffle and one add, where an FMA does 16. Per word of a row: bits 0-4, 5-9, 10-14 of each 16-bit
+// half. vpmulhuw brings the last two down: a shift would compete with the shuffles for their ports
+// (158 against 172 GMAC/s at 4 rows of x, Zen 4). Bits 15 and 31 of a group's words are collected
+// in one more vector when packing.
 #pragma once
 
 #include "avx512-inl.h"
@@ -38,12 +38,8 @@ struct LookupAvx512 : Avx512 {
 
   // Words of kRows rows, `words` of them per row, to index + group * ld.
   template <int kWords>
-  static void pack_rows(const uint32_t* w,
-                        int64_t stride,
-                        int rows,
-                        int words,
-                        uint32_t* index,
-                        int64_t ld) {
+  static void pack_rows(
+      const uint32_t* w, int64_t stride, int rows, int words, uint32_t* index, int64_t ld) {
     for (int r = 0; r < kVectors; ++r) {
       const int first_row = r * 16 < rows ? r * 16 : rows - 1;
       const char* p = reinterpret_cast<const char*>(w + first_row * stride);
@@ -64,17 +60,17 @@ struct LookupAvx512 : Avx512 {
     }
   }
 
-  // The transpose of qmm_n: columns [32 * word, 32 * word + kRows) of up to 128 rows as one group of 4
+  // The transpose of qmm_n: kRows columns from `column` on of up to 128 rows as one group of 4
   // words, bit = row. Rows past the end are 0.
   static void pack_columns(
-      const uint32_t* w, int64_t stride, int64_t word, int rows, uint32_t* index) {
+      const uint32_t* w, int64_t stride, int64_t column, int rows, uint32_t* index) {
     __m512i v[4][kVectors];
     ONEBIT_UNROLL
     for (int i = 0; i < 4; ++i) {
       ONEBIT_UNROLL
       for (int r = 0; r < kVectors; ++r) v[i][r] = _mm512_setzero_si512();
       const int count = rows - 32 * i < 32 ? rows - 32 * i : 32;
-      const auto* p = reinterpret_cast<const uint16_t*>(w + 32 * i * stride + word);
+      const auto* p = reinterpret_cast<const uint16_t*>(w + 32 * i * stride) + column / 16;
       __m512i bit = _mm512_set1_epi32(1);
       ONEBIT_NO_UNROLL
       for (int j = 0; j < count; ++j, p += 2 * stride) {
@@ -163,11 +159,11 @@ struct LookupAvx512 : Avx512 {
     }
   }
 
-  // acc[m][rows] = sum of the activations of one group where the row's bit is set.
-  template <int kM, int kWords>
-  static ONEBIT_INLINE void tile(const uint32_t* index,
-                                 const float* table,
-                                 Vec (&acc)[kM][kVectors]) {
+  // emit(m, r, v): v = the sum of the activations of one group where the row's bit is set, for the
+  // rows of vector r.
+  template <int kM, int kWords, class Emit>
+  static ONEBIT_INLINE void tile(const uint32_t* index, const float* table, const Emit& emit) {
+    Vec acc[kM][kVectors];
     const __m512i by_5 = _mm512_set1_epi16(1 << 11), by_10 = _mm512_set1_epi16(1 << 6);
     ONEBIT_UNROLL
     for (int m = 0; m < kM; ++m) {
@@ -199,6 +195,11 @@ struct LookupAvx512 : Avx512 {
       ONEBIT_UNROLL
       for (int r = 0; r < kVectors; ++r) w[r] = _mm512_srli_epi32(w[r], 16);
       look_up_4<kM>(table + 16 * kM, w, acc);
+    }
+    ONEBIT_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      ONEBIT_UNROLL
+      for (int r = 0; r < kVectors; ++r) emit(m, r, acc[m][r]);
     }
   }
 };

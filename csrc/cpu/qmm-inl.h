@@ -76,8 +76,9 @@ ONEBIT_INLINE float sum_of(const float* x) {
   return L::sum(sum);
 }
 
-// Scales and biases of rows [row, row + rows), groups [group, group + groups), as floats [group][row]
-// with `ld` rows between groups; rows up to the next multiple of the lanes are filled with copies.
+// Scales and biases of rows [row, row + rows), groups [group, group + groups), as floats
+// [group][row] with `ld` rows between groups; rows up to the next multiple of the lanes are filled
+// with copies.
 template <class L, DType kType>
 void pack_levels_as(const Weights& w,
                     int64_t row,
@@ -141,11 +142,20 @@ ONEBIT_INLINE void build_tables(
     const Activations& x, int64_t m, int64_t column, float* table, float (&sums)[kM]) {
   alignas(64) float buffer[32 * kWords];
   for (int i = 0; i < kM; ++i) {
-    const float* v =
-        as_floats<L>(x.data, x.dtype, x.offset(m + i, column), 32 * kWords, buffer);
+    const float* v = as_floats<L>(x.data, x.dtype, x.offset(m + i, column), 32 * kWords, buffer);
     L::template build<kM, kWords>(v, i, table);
     sums[i] = sum_of<L, 32 * kWords>(v);
   }
+}
+
+// acc[m][r]: what `tile` emits.
+template <class L, int kM, int kWords>
+ONEBIT_INLINE void collect(const uint32_t* index,
+                           const float* table,
+                           typename L::Vec (&acc)[kM][L::kVectors]) {
+  L::template tile<kM, kWords>(index, table,
+                               [&](int m, int r, typename L::Vec v)
+                                   __attribute__((always_inline)) { acc[m][r] = v; });
 }
 
 // y[kM, tiles * kRows] += one group's contribution.
@@ -159,17 +169,13 @@ ONEBIT_INLINE void add_group(const uint32_t* index,
                              int64_t tiles,
                              int64_t ld) {
   for (int64_t t = 0; t < tiles; ++t) {
-    typename L::Vec acc[kM][L::kVectors];
-    L::template tile<kM, kWords>(index, table, acc);
-    ONEBIT_UNROLL
-    for (int r = 0; r < L::kVectors; ++r) {
-      const auto scale = L::load(scales + r * L::kLanes), bias = L::load(biases + r * L::kLanes);
-      ONEBIT_UNROLL
-      for (int m = 0; m < kM; ++m) {
-        float* out = y + m * ld + r * L::kLanes;
-        L::store(out, L::fma(bias, L::set(sums[m]), L::fma(scale, acc[m][r], L::load(out))));
-      }
-    }
+    L::template tile<kM, kWords>(
+        index, table, [&](int m, int r, typename L::Vec set) __attribute__((always_inline)) {
+          float* out = y + m * ld + r * L::kLanes;
+          const auto scale = L::load(scales + r * L::kLanes);
+          const auto bias = L::load(biases + r * L::kLanes);
+          L::store(out, L::fma(bias, L::set(sums[m]), L::fma(scale, set, L::load(out))));
+        });
     index += L::index_size(kWords);
     scales += L::kRows;
     biases += L::kRows;
@@ -210,12 +216,13 @@ class Prefetch {
   const char *next_, *end_;
 };
 
-// One row of x: the tables of all of k are built first (26 bytes per value), then the weights stream
-// by once, a tile of rows at a time, while the next tile's memory is prefetched.
+// One row of x: the tables of all of k are built first (26 bytes per value), then the weights
+// stream by once, a tile of rows at a time, while the next tile's memory is prefetched.
 template <class L, int kWords>
 void qmm_t_stream(const QmmArgs& a, const Block& block) {
   constexpr int kGroup = kWords * kWordBits, kChunk = 1024, kGroups = kChunk / kGroup;
-  constexpr int kStep = 512 / kGroup;  // groups whose words are packed at a time: a line of each row
+  constexpr int kStep =
+      512 / kGroup;  // groups whose words are packed at a time: a line of each row
   constexpr int kIndex = L::index_size(kWords), kTable = L::table_size(kWords);
   const int64_t groups = a.k / kGroup, words = a.k / kWordBits;
   Arena arena(groups * (kTable + 1) * 4 + kStep * kIndex * 4 + kGroups * 2 * L::kRows * 4 +
@@ -227,7 +234,8 @@ void qmm_t_stream(const QmmArgs& a, const Block& block) {
   auto* biases = arena.take<float>(kGroups * L::kRows);
   auto* acc = arena.take<float>(L::kRows);
   for (int64_t g = 0; g < groups; ++g) {
-    build_tables<L, 1, kWords>(activations(a), block.m_begin, g * kGroup, tables + g * kTable, sums[g]);
+    build_tables<L, 1, kWords>(activations(a), block.m_begin, g * kGroup, tables + g * kTable,
+                               sums[g]);
   }
   const int64_t row_bytes = words * 4, level_bytes = groups * element_size(a.w.dtype);
   const auto row = [](const void* p, int64_t offset) -> const void* {
@@ -281,7 +289,7 @@ void add_chunk(const QmmArgs& a,
   }
 }
 
-constexpr int64_t kPanelRows = 1024;   // outputs that share a table
+constexpr int64_t kPanelRows = 1024;  // outputs that share a table
 constexpr int64_t kChunkColumns = 1024;
 constexpr int64_t kBlockM = 64;  // rows of x that share packed weights
 
@@ -313,6 +321,13 @@ void qmm_t_panels(const QmmArgs& a, const Block& block) {
         const int groups = int(columns / kGroup);
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t row = n + t * L::kRows, rows = at_most(L::kRows, n + n_count - row);
+          // The next tile's words, a line or two per row: rows are too far apart for the hardware
+          // to foresee. 10% at M = 8.
+          const int64_t next_end = at_most(row + 2 * L::kRows, n + n_count);
+          for (int64_t r = row + L::kRows; r < next_end; ++r) {
+            const auto* next = a.w.packed + r * words + k / kWordBits;
+            for (int64_t c = 0; c < columns; c += 512) L::prefetch(next + c / kWordBits);
+          }
           L::template pack_rows<kWords>(a.w.packed + row * words + k / kWordBits, words, int(rows),
                                         int(columns / kWordBits), index + t * kIndex,
                                         tiles * kIndex);

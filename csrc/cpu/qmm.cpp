@@ -17,8 +17,8 @@
 namespace onebit::cpu {
 namespace {
 
-// Multiply-adds below which a second thread costs more than it saves: fork and join take up to 50 us
-// when the other threads sleep, and a fast table does this many in 20.
+// Multiply-adds below which a second thread costs more than it saves: fork and join take up to 50
+// us when the other threads sleep, and a fast table does this many in 20.
 constexpr int64_t kMacsPerTask = 1 << 21;
 
 // Output matrix b is x[x_index[b]] . w[w_index[b]].
@@ -68,9 +68,8 @@ Plan plan_of(const Batches& batches, int64_t m) {
   if (count == 1 && batches.x_index[0] == 0) return {{}, {}, {{batches.w_index[0], 0, m}}};
   std::vector<int64_t> order(count);
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return batches.w_index[a] < batches.w_index[b];
-  });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return batches.w_index[a] < batches.w_index[b]; });
   Plan plan;
   plan.x_rows.reserve(count * m);
   plan.y_rows.reserve(count * m);
@@ -151,8 +150,8 @@ Tensor product(const QmmShape<int64_t>& shape,
         args.x_rows = plan.x_rows.data() + base;
         args.y_rows = plan.y_rows.data() + base;
       }
-      run(args, {p.m_begin - base, p.m_end - base, first * n_tile,
-                 std::min(last * n_tile, shape.n)});
+      run(args,
+          {p.m_begin - base, p.m_end - base, first * n_tile, std::min(last * n_tile, shape.n)});
     }
   });
   return y;

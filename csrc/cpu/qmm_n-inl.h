@@ -1,10 +1,10 @@
 // transpose=False, y[m, n] = sum_k x[m, k] * (scale[k, g] * bit[k, n] + bias[k, g]), g the group of
 // column n: the product of the backward pass.
 //
-// Within one group of columns the scale belongs to the activation: with z[k] = x[m, k] * scale[k, g]
-// the sum of z where bit[k, n] is set is a lookup as in qmm_t, once the bits of 32 rows k of a column
-// lie in one word. `pack_columns` transposes them so, a unit of 128 rows at a time; tables of z serve
-// one group of columns.
+// Within one group of columns the scale belongs to the activation: with z[k] = x[m, k] * scale[k,
+// g] the sum of z where bit[k, n] is set is a lookup as in qmm_t, once the bits of 32 rows k of a
+// column lie in one word. `pack_columns` transposes them so, a unit of 128 rows at a time; tables
+// of z serve one group of columns.
 #pragma once
 
 #include "qmm-inl.h"
@@ -12,7 +12,7 @@
 namespace onebit::cpu {
 namespace {
 
-constexpr int kUnit = 128;            // rows of w in one lookup pass
+constexpr int kUnit = 128;  // rows of w in one lookup pass
 constexpr int kUnitWords = kUnit / kWordBits;
 constexpr int64_t kColumnPanel = 1024;
 constexpr int kRowChunk = 512;
@@ -54,7 +54,7 @@ void add_unit(const QmmArgs& a,
     }
     for (int t = 0; t < kTiles; ++t, index += L::index_size(kUnitWords), acc += L::kRows) {
       typename L::Vec sum[kM][L::kVectors];
-      L::template tile<kM, kUnitWords>(index, table, sum);
+      collect<L, kM, kUnitWords>(index, table, sum);
       ONEBIT_UNROLL
       for (int i = 0; i < kM; ++i) {
         ONEBIT_UNROLL
@@ -92,7 +92,7 @@ void qmm_n_panels(const QmmArgs& a, const Block& block) {
         const int64_t rows = at_most(kRowChunk, a.k - k), units = tiles_for(rows, kUnit);
         for (int64_t u = 0; u < units; ++u) {
           for (int64_t c = 0; c < columns; c += L::kRows) {
-            L::pack_columns(a.w.packed + (k + u * kUnit) * words, words, (n + c) / kWordBits,
+            L::pack_columns(a.w.packed + (k + u * kUnit) * words, words, n + c,
                             int(at_most(kUnit, rows - u * kUnit)),
                             index + u * unit_size + c / L::kRows * kIndex);
           }

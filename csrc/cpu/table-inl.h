@@ -4,15 +4,14 @@
 
 #include "affine_grad-inl.h"
 #include "codec-inl.h"
+#include "limits-inl.h"
 #include "qmm-inl.h"
 #include "qmm_n-inl.h"
 
 namespace onebit::cpu {
 namespace {
 
-ONEBIT_INLINE bool is_empty(const Block& b) {
-  return b.m_begin == b.m_end || b.n_begin == b.n_end;
-}
+ONEBIT_INLINE bool is_empty(const Block& b) { return b.m_begin == b.m_end || b.n_begin == b.n_end; }
 
 // f(Int<words>) for the words in a group.
 template <class F>
@@ -23,24 +22,34 @@ ONEBIT_INLINE void with_words(int group_size, const F& f) {
 }
 
 // S::Stream: lookups for one row of x; S::Panel: for many; S::Narrow: a tile of at most 32 columns.
+// S::Stream16 and S::Panel16 serve bfloat16 x.
 template <class S>
 struct Table {
   // Columns whose tables over all of k fit L2.
   static constexpr int64_t kStreamColumns = 32768;
+
+  template <class Stream, class Panel>
+  static ONEBIT_INLINE void qmm_t_with(const QmmArgs& a, const Block& block) {
+    with_words(a.w.group_size, [&](auto words) {
+      constexpr int kWords = decltype(words)::value;
+      if (a.m == 1 && a.k <= kStreamColumns) {
+        qmm_t_stream<Stream, kWords>(a, block);
+      } else {
+        qmm_t_panels<Panel, kWords>(a, block);
+      }
+    });
+  }
 
   static void qmm_t(const QmmArgs& a, const Block& block) {
     if (is_empty(block)) return;
     if (a.dtype == DType::kDouble || a.w.dtype == DType::kDouble) {
       return kScalarKernels.qmm_t(a, block);
     }
-    with_words(a.w.group_size, [&](auto words) {
-      constexpr int kWords = decltype(words)::value;
-      if (a.m == 1 && a.k <= kStreamColumns) {
-        qmm_t_stream<typename S::Stream, kWords>(a, block);
-      } else {
-        qmm_t_panels<typename S::Panel, kWords>(a, block);
-      }
-    });
+    if (a.dtype == DType::kBFloat16) {
+      qmm_t_with<typename S::Stream16, typename S::Panel16>(a, block);
+    } else {
+      qmm_t_with<typename S::Stream, typename S::Panel>(a, block);
+    }
   }
 
   static void qmm_n(const QmmArgs& a, const Block& block) {
@@ -78,10 +87,21 @@ struct Table {
   }
 
   static constexpr Kernels make(const char* name, bool (*supported)()) {
-    return {name,          supported,     S::Panel::kMaxM,
-            S::kTile,      qmm_t,         qmm_n,
-            affine_grad_t, affine_grad_n, quantize<typename S::Panel>,
-            dequantize<typename S::Panel>};
+    using V = typename S::Panel;
+    Kernels k{};
+    k.name = name;
+    k.supported = supported;
+    k.m_tile = V::kMaxM;
+    k.n_tile = S::kTile;
+    k.qmm_t = qmm_t;
+    k.qmm_n = qmm_n;
+    k.affine_grad_t = affine_grad_t;
+    k.affine_grad_n = affine_grad_n;
+    k.quantize = quantize<V>;
+    k.dequantize = dequantize<V>;
+    k.read_floats = onebit::cpu::read_floats<V>;
+    k.multiply_adds = onebit::cpu::multiply_adds<V>;
+    return k;
   }
 };
 

@@ -1,6 +1,6 @@
-// Code for one instruction set inside an ordinary build: no -march, a target region per kernel file.
-// Include every standard header before the region: an inline std function compiled for AVX-512
-// could be the copy the linker keeps for the whole program.
+// Code for one instruction set inside an ordinary build: no -march, a target region per kernel
+// file. Include every standard header before the region: an inline std function compiled for
+// AVX-512 could be the copy the linker keeps for the whole program.
 #pragma once
 
 #if defined(__clang__)

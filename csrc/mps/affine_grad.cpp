@@ -23,7 +23,8 @@ std::tuple<Tensor, Tensor> affine_grad_mps(const Tensor& grad,
   const ValueType type = value_type("x", x);
   const auto sizes = levels_shape<int64_t>(packed, group_size);
   const auto options = x.options().dtype(at::kFloat);
-  if (grad.numel() == 0 || shape.k == 0) return {at::zeros(sizes, options), at::zeros(sizes, options)};
+  if (grad.numel() == 0 || shape.k == 0)
+    return {at::zeros(sizes, options), at::zeros(sizes, options)};
   check_count("x", x);
   check_count("grad", grad);
   check_count("packed", packed);
@@ -38,11 +39,11 @@ std::tuple<Tensor, Tensor> affine_grad_mps(const Tensor& grad,
                                    index.x_matrices,
                                    index.w_matrices,
                                    transpose ? 0u : 1u};
-  encode(Work{plan_affine_grad(params, type, index.indexed()),
-              {aligned(grad), aligned(x), words_of(packed), grad_scales, grad_biases, index.x,
-               index.w},
-              &params,
-              sizeof params});
+  encode(Work{
+      plan_affine_grad(params, type, index.indexed()),
+      {aligned(grad), aligned(x), words_of(packed), grad_scales, grad_biases, index.x, index.w},
+      &params,
+      sizeof params});
   return {grad_scales, grad_biases};
 }
 

@@ -23,7 +23,9 @@ namespace onebit::mps {
 namespace {
 
 std::string text(NSString* string) { return string ? [string UTF8String] : ""; }
-std::string text(NSError* error) { return error ? text([error localizedDescription]) : "no reason"; }
+std::string text(NSError* error) {
+  return error ? text([error localizedDescription]) : "no reason";
+}
 
 std::string machine(id<MTLDevice> device) {
   return text([device name]) + ", macOS " +
@@ -130,9 +132,11 @@ void bind(id<MTLComputeCommandEncoder> encoder, const Work& work) {
 void encode(at::ArrayRef<Work> works) {
   @autoreleasepool {
     at::mps::MPSStream* stream = at::mps::getCurrentMPSStream();
-    // Everything that can throw comes before the block: an exception that leaves it ends the process.
+    // Everything that can throw comes before the block: an exception that leaves it ends the
+    // process.
     std::vector<id<MTLComputePipelineState>> states;
-    for (const Work& work : works) states.push_back(pipelines().find(stream->device(), work.launch));
+    for (const Work& work : works)
+      states.push_back(pipelines().find(stream->device(), work.launch));
     const auto* const ready = &states;
     dispatch_sync(stream->queue(), ^{
       id<MTLComputeCommandEncoder> encoder = stream->commandEncoder();

@@ -1,5 +1,5 @@
-// Which Metal kernel runs, on which grid: decided here, in pure C++ that every platform compiles and
-// tests; encoder.mm only carries it out.
+// Which Metal kernel runs, on which grid: decided here, in pure C++ that every platform compiles
+// and tests; encoder.mm only carries it out.
 #pragma once
 
 #include <cstdint>
@@ -40,10 +40,10 @@ constexpr const char* type_name(ValueType type) {
 // A compiled kernel: its instance and the values of its function constants.
 struct Pipeline {
   Kernel kernel;
-  ValueType type;      // of x and y; of w and its levels in quantize and decode
-  uint8_t rows;        // instance of qmv_wide, 0 for the other kernels
-  bool partial;        // writes float sums that sum_partials adds up
-  ValueType levels;    // of scales and biases
+  ValueType type;    // of x and y; of w and its levels in quantize and decode
+  uint8_t rows;      // instance of qmv_wide, 0 for the other kernels
+  bool partial;      // writes float sums that sum_partials adds up
+  ValueType levels;  // of scales and biases
   bool has_biases;
   bool indexed;
 
@@ -116,7 +116,8 @@ constexpr uint32_t kAnyM = ~0u;
 constexpr ProductRule kProductRules[] = {
     // One row: bound by the memory that holds w, which qmv reads once in full lines.
     {true, 0, 1, Kernel::kQmv},
-    // A weight costs 3 operations to decode and M to multiply; in qmm, whose tile always has 32 rows,
+    // A weight costs 3 operations to decode and M to multiply; in qmm, whose tile always has 32
+    // rows,
     // 32 and its way through threadgroup memory. 8 rows are what the registers hold: the sums of 4
     // outputs and the values of x take 64 of 128 *.
     {true, 0, kWideMaxM, Kernel::kQmvWide},
@@ -174,10 +175,10 @@ struct Product {
   int64_t group_size;
   bool transpose;
   uint32_t batches, x_matrices, w_matrices;
-  bool indexed;       // w_index and x_index say which matrices meet; else there is one of each
-  bool sorted;        // w_index ascends
-  ValueType type;     // of x and y
-  ValueType levels;   // of scales and biases
+  bool indexed;      // w_index and x_index say which matrices meet; else there is one of each
+  bool sorted;       // w_index ascends
+  ValueType type;    // of x and y
+  ValueType levels;  // of scales and biases
   bool has_biases;
 };
 
@@ -209,8 +210,8 @@ constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu) {
                  p.x_matrices, p.w_matrices, p.batches, p.k};
   plan.splits = 1;
   Launch& launch = plan.product;
-  launch.pipeline = {product_kernel(p.transpose, p.m, gpu), p.type, 0, false, p.levels,
-                     p.has_biases, p.indexed};
+  launch.pipeline = {
+      product_kernel(p.transpose, p.m, gpu), p.type, 0, false, p.levels, p.has_biases, p.indexed};
   const bool rows_by_matrix = p.transpose && p.m == 1 && p.indexed && p.sorted &&
                               p.batches / p.w_matrices >= kSortedRowsPerMatrix;
   if (rows_by_matrix) launch.pipeline.kernel = Kernel::kQmmSorted;

@@ -53,8 +53,7 @@ Tensor product(const QmmShape<int64_t>& shape,
     encode(Work{plan.product, inputs(y), &plan.params, sizeof plan.params});
     return y;
   }
-  const auto partial =
-      at::empty({int64_t(plan.splits), y.numel()}, x.options().dtype(at::kFloat));
+  const auto partial = at::empty({int64_t(plan.splits), y.numel()}, x.options().dtype(at::kFloat));
   encode({Work{plan.product, inputs(partial), &plan.params, sizeof plan.params},
           Work{plan.sum, {partial, y}, &plan.sum_params, sizeof plan.sum_params}});
   return y;

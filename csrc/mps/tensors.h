@@ -40,13 +40,14 @@ inline Tensor batch_index(const OptionalTensor& indices,
                           at::IntArrayRef batch,
                           const Tensor& like) {
   const auto options = like.options().dtype(at::kLong);
-  const auto index =
-      indices ? indices->to(at::kLong)
-              : at::arange(c10::multiply_integers(matrices), options).reshape(matrices);
+  const auto index = indices
+                         ? indices->to(at::kLong)
+                         : at::arange(c10::multiply_integers(matrices), options).reshape(matrices);
   return index.expand(batch).contiguous();
 }
 
-// Which matrices of x and of packed meet in each output matrix. Undefined when there is one of each.
+// Which matrices of x and of packed meet in each output matrix. Undefined when there is one of
+// each.
 struct BatchIndices {
   Tensor x, w;
   uint32_t batches = 1, x_matrices = 1, w_matrices = 1;

@@ -8,15 +8,12 @@ struct Params {
   uint zero;
 };
 
-#define KERNEL(name)                                                            \
-  [[kernel]] void name(const device float* x [[buffer(0)]],                     \
-                       device float* y [[buffer(1)]],                           \
-                       constant Params& p [[buffer(2)]],                        \
-                       const device float* unbound [[buffer(3)]],               \
-                       uint group [[threadgroup_position_in_grid]],             \
-                       uint i [[thread_index_in_threadgroup]],                  \
-                       uint lane [[thread_index_in_simdgroup]],                 \
-                       uint simdgroup [[simdgroup_index_in_threadgroup]])
+#define KERNEL(name)                                                                       \
+  [[kernel]] void name(                                                                    \
+      const device float* x [[buffer(0)]], device float* y [[buffer(1)]],                  \
+      constant Params& p [[buffer(2)]], const device float* unbound [[buffer(3)]],         \
+      uint group [[threadgroup_position_in_grid]], uint i [[thread_index_in_threadgroup]], \
+      uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]])
 
 // Sound: what the others are broken versions of.
 KERNEL(sound) {
@@ -145,9 +142,7 @@ KERNEL(misaligned_vector_store) {
   threadgroup_barrier(mem_flags::mem_device);
   if (i == 0) *(device float4*)(y + 2) = float4(1.0f);
 }
-KERNEL(misaligned_word) {
-  y[i] = float(*(const device uint*)((const device uchar*)x + 2));
-}
+KERNEL(misaligned_word) { y[i] = float(*(const device uint*)((const device uchar*)x + 2)); }
 KERNEL(too_much_threadgroup_memory) {
   threadgroup float tile[10000];
   tile[i] = x[i];

@@ -15,7 +15,17 @@ RUNTIME = toolchain.HERE / "runtime"
 # -fsanitize=thread makes every load and store call a hook; the hooks are ours (memory.cpp).
 # -ffp-contract=off: a*b+c must not fuse here when the source does not ask for it.
 KERNEL_FLAGS = [
-    *("g++", "-std=c++17", "-O1", "-g1", "-gdwarf-4", "-fPIC", "-w", "-ffp-contract=off", f"-I{RUNTIME}"),
+    *(
+        "g++",
+        "-std=c++17",
+        "-O1",
+        "-g1",
+        "-gdwarf-4",
+        "-fPIC",
+        "-w",
+        "-ffp-contract=off",
+        f"-I{RUNTIME}",
+    ),
     *("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
 ]
 RUNTIME_FLAGS = ["g++", "-std=c++17", "-O2", "-g1", "-fPIC", "-Wall", "-fvisibility=hidden"]

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import emulator
@@ -14,6 +15,7 @@ import embed
 
 HOST = toolchain.HERE / "host"
 HEADERS = toolchain.HERE / "headers"
+SHARED_HEADER = toolchain.SHADERS / "params.h"
 TORCH = Path(torch.__file__).parent
 
 
@@ -24,8 +26,8 @@ def compiler(language: str) -> list[str]:
     return [
         *(toolchain.zig(), "clang", f"--target={machine}-linux-gnu", "-x", language),
         *("-idirafter", toolchain.zig_include(), f"--gcc-install-dir={Path(gcc.strip())}"),
-        *("-std=c++20", "-O1", "-g1", "-fPIC", "-fblocks", "-fobjc-runtime=gcc", "-w"),
-        *("-DONEBIT_EMULATED_METAL", f"-I{toolchain.cache_directory() / 'generated'}"),
+        *("-std=c++20", "-O0", "-g1", "-fPIC", "-fblocks", "-fobjc-runtime=gcc", "-w"),
+        "-DONEBIT_EMULATED_METAL",
         *("-isystem", str(HEADERS / "linux"), "-isystem", str(HEADERS / "apple")),
         *("-isystem", str(TORCH / "include")),
     ]
@@ -33,39 +35,57 @@ def compiler(language: str) -> list[str]:
 
 def inputs() -> list[Path]:
     """Everything an object may include besides torch."""
-    folders = [toolchain.ROOT / "csrc", toolchain.ROOT / "csrc/mps", toolchain.SHADERS, HOST]
+    folders = [toolchain.ROOT / "csrc", toolchain.ROOT / "csrc/mps", HOST]
     folders += [p for p in HEADERS.rglob("*") if p.is_dir()]
-    return sorted(p for folder in folders for p in folder.glob("*.h"))
+    return [*sorted(p for folder in folders for p in folder.glob("*.h")), SHARED_HEADER]
+
+
+def embeds_shaders(source: Path) -> bool:
+    return source.name == "encoder.mm"
+
+
+def inputs_of(source: Path) -> list[Path]:
+    return inputs() + ([write_shader_source()] if embeds_shaders(source) else [])
+
+
+def include_of(source: Path) -> list[str]:
+    """Where `source` finds its headers; only the encoder is compiled again for a new shader."""
+    flags = [f"-I{toolchain.ROOT / 'csrc' / 'mps'}"]
+    return flags + ([f"-I{write_shader_source().parent}"] if embeds_shaders(source) else [])
 
 
 def write_shader_source() -> Path:
     """shader_source.h as setup.py generates it."""
-    target = toolchain.cache_directory() / "generated" / "shader_source.h"
-    target.parent.mkdir(exist_ok=True)
     text = embed.header(toolchain.SHADERS)
-    if not target.exists() or target.read_text() != text:
+    folder = toolchain.cache_directory() / f"generated-{toolchain.digest(text)}"
+    folder.mkdir(exist_ok=True)
+    target = folder / "shader_source.h"
+    if not target.exists():
         target.write_text(text)
     return target
 
 
 def build() -> Path:
-    generated = write_shader_source()
-    headers = [*inputs(), generated]
     mps = toolchain.ROOT / "csrc" / "mps"
-    sources = sorted([*mps.glob("*.cpp"), *HOST.glob("*.cpp"), *mps.glob("*.mm"), *HOST.glob("*.mm")])
-    objects = []
-    for source in sources:
+    sources = sorted(
+        [*mps.glob("*.cpp"), *HOST.glob("*.cpp"), *mps.glob("*.mm"), *HOST.glob("*.mm")]
+    )
+
+    def compile_one(source: Path) -> Path:
         language = "objective-c++" if source.suffix == ".mm" else "c++"
-        command = [*compiler(language), f"-DTORCH={torch.__version__}"]
-        objects.append(toolchain.object_file(source, command, headers))
-    library = toolchain.cache_directory() / f"host-{toolchain.digest(*(o.name for o in objects))}.so"
+        command = [*compiler(language), f"-DTORCH={torch.__version__}", *include_of(source)]
+        return toolchain.object_file(source, command, inputs_of(source))
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    library = (
+        toolchain.cache_directory() / f"host-{toolchain.digest(*(o.name for o in objects))}.so"
+    )
     if not library.exists():
         scratch = library.with_name(f"{library.name}.{os.getpid()}")
         libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
         rpath = f"-Wl,-rpath,{TORCH / 'lib'}"
-        toolchain.run(
-            ["g++", "-shared", "-o", str(scratch), *map(str, objects), *libraries, rpath]
-        )
+        toolchain.run(["g++", "-shared", "-o", str(scratch), *map(str, objects), *libraries, rpath])
         scratch.rename(library)
     return library
 

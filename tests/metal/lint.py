@@ -97,7 +97,7 @@ _POINTER = re.compile(rf"^{_TYPE} [*&] (?:const )?\w+( \[.*)?( =.*)?$")
 
 
 def unqualified_pointers(tokens: list[Token]) -> list[str]:
-    """Pointers and references must name an address space, where clang would take the generic one."""
+    """Pointers and references without an address space, where clang takes the generic one."""
     errors, statement = [], []
     for token in tokens:
         if token.blank:
@@ -120,7 +120,7 @@ def unqualified_pointers(tokens: list[Token]) -> list[str]:
 def _names_type(statement: list[Token]) -> bool:
     first = next(t.text for t in statement if t.text != "const")
     scalars = {"T", "bool", "float", "half", "bfloat", "int", "uint", "long", "ulong", "ushort"}
-    return first in scalars or first[0].isupper() and len(first) > 1
+    return first in scalars or (first[0].isupper() and len(first) > 1)
 
 
 def recursion(tokens: list[Token]) -> list[str]:

@@ -29,7 +29,9 @@ BAD = {
         "cannot initialize a variable of type '__global",
     ),
     "cast that drops constant": (
-        kernel("y[i] = *(device float*)p;", f"{ARGUMENTS}, constant float* p [[buffer(2)]], {INDEX}"),
+        kernel(
+            "y[i] = *(device float*)p;", f"{ARGUMENTS}, constant float* p [[buffer(2)]], {INDEX}"
+        ),
         "address space|invalid cast|converts between mismatching",
     ),
     "argument of another address space": (
@@ -64,7 +66,9 @@ BAD = {
     # bindings
     "argument without attribute": (kernel("y[0] = x[0];", f"{ARGUMENTS}, uint i"), "no binding"),
     "buffer index twice": (
-        kernel("y[0] = x[0];", "const device float* x [[buffer(0)]], device float* y [[buffer(0)]]"),
+        kernel(
+            "y[0] = x[0];", "const device float* x [[buffer(0)]], device float* y [[buffer(0)]]"
+        ),
         "used twice",
     ),
     "buffer index 31": (
@@ -80,7 +84,9 @@ BAD = {
         "needs an address space",
     ),
     "built-in of the wrong type": (
-        kernel("y[0] = lane;", "device float* y [[buffer(0)]], int lane [[thread_index_in_simdgroup]]"),
+        kernel(
+            "y[0] = lane;", "device float* y [[buffer(0)]], int lane [[thread_index_in_simdgroup]]"
+        ),
         "cannot be",
     ),
     "vector for a scalar built-in": (
@@ -127,13 +133,14 @@ BAD = {
     "simd_shuffle of 64 bits": (kernel("y[i] = simd_shuffle(ulong(i), 1);"), "deleted|void"),
     "as_type of another size": (kernel("y[i] = as_type<half>(x[i]);"), "sizes differ"),
     "matrix of another type": (
-        kernel(
-            "simdgroup_float8x8 m; threadgroup half t[64]; simdgroup_load(m, t, 8); y[i] = 0;"
-        ),
+        kernel("simdgroup_float8x8 m; threadgroup half t[64]; simdgroup_load(m, t, 8); y[i] = 0;"),
         "no matching function",
     ),
     "wrong number of arguments": (kernel("y[i] = fma(x[i], 1.0f);"), "no matching function"),
-    "missing return": (kernel("y[i] = f(1);", before="float f(int n) { if (n) return 1; }"), "return"),
+    "missing return": (
+        kernel("y[i] = f(1);", before="float f(int n) { if (n) return 1; }"),
+        "return",
+    ),
     "uninitialised variable": (kernel("float a; y[i] = a;"), "uninitialized"),
 }
 
@@ -158,7 +165,7 @@ def test_bfloat_takes_no_float_silently(tmp_path):
     # clang converts to __bf16, Apple's compiler does not: the emulator's type refuses it.
     path = tmp_path / "bfloat.metal"
     path.write_text(kernel("bfloat a = x[i]; y[i] = float(a);"))
-    with pytest.raises(toolchain.CompileError, match="bfloat|SmallFloat"):
+    with pytest.raises(toolchain.CompileError, match=r"bfloat|SmallFloat"):
         emulator.build([path])
 
 

@@ -1,5 +1,5 @@
-// MSL as clang's C++ for OpenCL sees it: declarations only, so that address spaces and the limits of
-// a GPU language are enforced. What is not declared here, the shaders may not use.
+// MSL as clang's C++ for OpenCL sees it: declarations only, so that address spaces and the limits
+// of a GPU language are enforced. What is not declared here, the shaders may not use.
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
 #define device __global
 #define constant __constant
@@ -20,7 +20,7 @@ namespace metal {
 
 template <class T, int N>
 using vec = T __attribute__((ext_vector_type(N)));
-#define CHECK_VECTORS(T)    \
+#define CHECK_VECTORS(T)  \
   typedef vec<T, 2> T##2; \
   typedef vec<T, 3> T##3; \
   typedef vec<T, 4> T##4;
@@ -32,10 +32,10 @@ CHECK_VECTORS(half)
 CHECK_VECTORS(float)
 
 // Exact overloads, none for mixed types: a call that has to choose is ambiguous, as in MSL.
-#define CHECK_NUMBER(T)     \
-  T min(T, T);            \
-  T max(T, T);            \
-  T clamp(T, T, T);       \
+#define CHECK_NUMBER(T) \
+  T min(T, T);          \
+  T max(T, T);          \
+  T clamp(T, T, T);     \
   T select(T, T, bool);
 CHECK_NUMBER(float)
 CHECK_NUMBER(half)
@@ -46,7 +46,7 @@ CHECK_NUMBER(ushort)
 CHECK_NUMBER(long)
 CHECK_NUMBER(ulong)
 #define CHECK_INTEGER(T) \
-  T popcount(T);       \
+  T popcount(T);         \
   T ctz(T);
 CHECK_INTEGER(int)
 CHECK_INTEGER(uint)
@@ -66,14 +66,14 @@ void threadgroup_barrier(mem_flags);
 void simdgroup_barrier(mem_flags);
 
 // Simdgroup functions exist for numbers of at most 32 bits, and not for bfloat.
-#define CHECK_SIMD(T)                \
-  T simd_sum(T);                   \
-  T simd_max(T);                   \
-  T simd_min(T);                   \
-  T simd_shuffle(T, ushort);       \
-  T simd_broadcast(T, ushort);     \
-  T simd_shuffle_xor(T, ushort);   \
-  T simd_shuffle_up(T, ushort);    \
+#define CHECK_SIMD(T)            \
+  T simd_sum(T);                 \
+  T simd_max(T);                 \
+  T simd_min(T);                 \
+  T simd_shuffle(T, ushort);     \
+  T simd_broadcast(T, ushort);   \
+  T simd_shuffle_xor(T, ushort); \
+  T simd_shuffle_up(T, ushort);  \
   T simd_shuffle_down(T, ushort);
 CHECK_SIMD(float)
 CHECK_SIMD(half)
@@ -81,11 +81,11 @@ CHECK_SIMD(int)
 CHECK_SIMD(uint)
 CHECK_SIMD(short)
 CHECK_SIMD(ushort)
-#define CHECK_NO_SIMD(T)                    \
-  void simd_sum(T) = delete;              \
-  void simd_max(T) = delete;              \
-  void simd_min(T) = delete;              \
-  void simd_shuffle(T, ushort) = delete;  \
+#define CHECK_NO_SIMD(T)                   \
+  void simd_sum(T) = delete;               \
+  void simd_max(T) = delete;               \
+  void simd_min(T) = delete;               \
+  void simd_shuffle(T, ushort) = delete;   \
   void simd_broadcast(T, ushort) = delete; \
   void simd_shuffle_xor(T, ushort) = delete;
 CHECK_NO_SIMD(bfloat)
@@ -111,10 +111,10 @@ typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
 template <class T, int C, int R>
 simdgroup_matrix<T, C, R> make_filled_simdgroup_matrix(T);
 #define CHECK_MATRIX(space)                                                                     \
-  template <class T>                                                                          \
+  template <class T>                                                                            \
   void simdgroup_load(thread simdgroup_matrix<T, 8, 8>&, const space T*, ulong = 8, ulong2 = 0, \
-                      bool = false);                                                          \
-  template <class T>                                                                          \
+                      bool = false);                                                            \
+  template <class T>                                                                            \
   void simdgroup_store(simdgroup_matrix<T, 8, 8>, space T*, ulong = 8, ulong2 = 0, bool = false);
 CHECK_MATRIX(device)
 CHECK_MATRIX(threadgroup)
@@ -126,7 +126,8 @@ void simdgroup_multiply_accumulate(thread simdgroup_matrix<D, 8, 8>&,
 
 }  // namespace metal
 
-// `vec<T, 4>(a)` is a cast in MSL and an error in OpenCL: the translator writes construct<vec<T, 4>>.
+// `vec<T, 4>(a)` is a cast in MSL and an error in OpenCL: the translator writes construct<vec<T,
+// 4>>.
 template <class V, class... A>
 V construct(A...) {
   return V();

@@ -1,7 +1,8 @@
-// device="mps" on Linux: tensors whose storage is a fake MTLBuffer. The operators of torch_onebit run
-// as on a Mac; every other operator runs on the CPU, on the same memory.
+// device="mps" on Linux: tensors whose storage is a fake MTLBuffer. The operators of torch_onebit
+// run as on a Mac; every other operator runs on the CPU, on the same memory.
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/detail/MPSHooksInterface.h>
 #include <ATen/native/CPUFallback.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/empty.h>
@@ -17,9 +18,44 @@
 namespace onebit::fake {
 namespace {
 
-using at::Tensor;
+using at::MPSHooksRegistry, at::RegistererMPSHooksRegistry, at::Tensor;
 
-C10_REGISTER_GUARD_IMPL(MPS, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::MPS>)
+// One device, one stream, and everything is done when the call returns.
+struct Guard : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override { return c10::kMPS; }
+  c10::Device exchangeDevice(c10::Device) const override { return device_; }
+  c10::Device getDevice() const override { return device_; }
+  void setDevice(c10::Device) const override {}
+  void uncheckedSetDevice(c10::Device) const noexcept override {}
+  c10::Stream getStream(c10::Device) const override {
+    return c10::Stream(c10::Stream::DEFAULT, device_);
+  }
+  c10::Stream exchangeStream(c10::Stream) const override { return getStream(device_); }
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  void record(void**,
+              const c10::Stream&,
+              const c10::DeviceIndex,
+              const c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  bool queryStream(const c10::Stream&) const override { return true; }
+  void synchronizeStream(const c10::Stream&) const override {}
+
+ private:
+  const c10::Device device_{c10::kMPS, 0};
+};
+C10_REGISTER_GUARD_IMPL(MPS, Guard)
+
+// Tells torch that this process has the accelerator: autograd asks.
+struct Hooks : at::MPSHooksInterface {
+  bool hasMPS() const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  c10::DeviceIndex deviceCount() const override { return 1; }
+  c10::DeviceIndex getCurrentDevice() const override { return 0; }
+};
+C10_REGISTER_CLASS(MPSHooksRegistry, MPSHooks, Hooks)
 
 class Allocator : public c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
@@ -165,7 +201,9 @@ Tensor reshape_alias(const Tensor& self, at::IntArrayRef size, at::IntArrayRef s
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(_, MPS, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>()); }
+TORCH_LIBRARY_IMPL(_, MPS, m) {
+  m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+}
 
 TORCH_LIBRARY_IMPL(aten, MPS, m) {
   m.impl("empty.memory_format", &empty);

@@ -39,7 +39,8 @@ struct Emulator {
 };
 const Emulator& emulator();
 
-// What happened since the last call: "kernel groups threads" of every dispatch, one a line.
+// What happened since the last call: "kernel groups threads" of every dispatch, one a line; with
+// ONEBIT_FAKE_TRAFFIC set, " index:bytes" for every buffer that was read.
 const char* take_log();
 
 // Makes the next step that can fail do so: "compile", "function" or "pipeline".

@@ -353,13 +353,19 @@ void mark_initialised(void* buffer) { static_cast<FakeBuffer*>(buffer)->initiali
   for (int i = 0; i < 31; i++) {
     if (lengths_[i]) d.buffers[i] = {bytes_[i], lengths_[i], 1, 1, 0, 0, 0};
     if (const FakeBuffer* b = buffers_[i]) {
-      d.buffers[i] = {b->contents_ + offsets_[i], b->length_ - offsets_[i], 0, b->initialised_,
-                      offsets_[i],                0,                        0};
+      d.buffers[i] = {b->contents_ + offsets_[i],
+                      b->length_ - offsets_[i],
+                      0,
+                      b->initialised_,
+                      offsets_[i],
+                      0,
+                      0};
     }
   }
   const char* schedule = getenv("ONEBIT_FAKE_SCHEDULE");
   d.schedule = schedule ? atoi(schedule) : 0;
   d.seed = 1;
+  d.count_traffic = getenv("ONEBIT_FAKE_TRAFFIC") != nullptr;
   char message[4096] = "";
   if (emulator().run(&d, message, sizeof message)) report(message);
   for (int i = 0; i < 31; i++) {
@@ -372,7 +378,13 @@ void mark_initialised(void* buffer) { static_cast<FakeBuffer*>(buffer)->initiali
   }
   dispatch_log += kernel + " " + std::to_string(groups.width) + "x" +
                   std::to_string(groups.height) + "x" + std::to_string(groups.depth) + " " +
-                  std::to_string(threads.width) + "\n";
+                  std::to_string(threads.width);
+  for (int i = 0; d.count_traffic && i < 31; i++) {
+    if (d.buffers[i].bytes_read) {
+      dispatch_log += " " + std::to_string(i) + ":" + std::to_string(d.buffers[i].bytes_read);
+    }
+  }
+  dispatch_log += "\n";
 }
 @end
 

@@ -117,7 +117,9 @@ class Translator:
     def rewrite(self, token: Token) -> str:
         if token.kind == "linemark":  # without the nesting flags, which are wrong in a second pass
             mark = LINEMARK.match(token.text)
-            return f'#line {mark.group(1)} "{mark.group(2)}"' if mark and mark.group(1) != "0" else ""
+            return (
+                f'#line {mark.group(1)} "{mark.group(2)}"' if mark and mark.group(1) != "0" else ""
+            )
         if token.kind == "word" and token.text in ADDRESS_SPACES and not self.check:
             return ""
         # An unsuffixed literal is a float in MSL.
@@ -192,7 +194,9 @@ class Translator:
         template = self.declares_template()
         self.kernels[name] = Kernel(parameters, template, tokens[name_at].place)
         if "host_name" in attributes:
-            self.instances.append((ast.literal_eval(attributes["host_name"]), name, tokens[i].place))
+            self.instances.append(
+                (ast.literal_eval(attributes["host_name"]), name, tokens[i].place)
+            )
         elif not template:
             self.instances.append((name, name, tokens[i].place))
         self.output.append(f"void {name}({', '.join(texts)})")
@@ -254,7 +258,7 @@ class Translator:
             self.error(token, f"kernel {name}: buffer indices end at 30")
 
     def threadgroup_variable(self, i: int, scope: str) -> int | None:
-        """`threadgroup T name[n];` in a function; None for a pointer or reference to such memory."""
+        """`threadgroup T name[n];` in a function; None for a pointer or reference to one."""
         tokens = self.tokens
         if not re.search(r"[;{}]$", self.preceding_word().rstrip() or ";"):
             return None
@@ -269,7 +273,9 @@ class Translator:
         if initializer:
             self.error(tokens[i], "a threadgroup variable cannot have an initializer")
         if scope != "kernel":
-            self.error(tokens[i], "a threadgroup variable must be declared in the kernel's own scope")
+            self.error(
+                tokens[i], "a threadgroup variable must be declared in the kernel's own scope"
+            )
         self.variables += 1
         key = f"ThreadgroupVariable{self.variables}"
         if self.check:
@@ -303,9 +309,7 @@ def entries(unit: Translator) -> str:
         arguments = ", ".join([f"&{expression}", *sources])
         lines.append(f"static void emu_entry_{number}() {{ emu::call({arguments}); }}")
         table.append(f'{{"{host_name}", emu_entry_{number}}}')
-    constants = [
-        f"{{{index}, &{name}, sizeof({name})}}" for name, index in unit.function_constants
-    ]
+    constants = [f"{{{index}, &{name}, sizeof({name})}}" for name, index in unit.function_constants]
     lines.append(_table("KernelEntry emu_kernels", [*table, "{nullptr, nullptr}"]))
     lines.append(
         _table("FunctionConstant emu_function_constants", [*constants, "{-1, nullptr, 0}"])

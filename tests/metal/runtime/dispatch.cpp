@@ -16,11 +16,11 @@ using emu::Size3;
 // Mirrored in emulator.py and fake_metal.h.
 extern "C" {
 struct EmuBuffer {
-  char* host;      // null: not bound
+  char* host;  // null: not bound
   uint64_t length;
   int32_t read_only;
   int32_t initialised;
-  uint64_t offset;      // of its first byte, modulo 256: a kernel sees the alignment of the real one
+  uint64_t offset;  // of its first byte, modulo 256: a kernel sees the alignment of the real one
   uint64_t bytes_read;  // out, when traffic is counted
   int64_t unwritten;    // out
 };
@@ -95,10 +95,10 @@ void bind_buffers(const EmuDispatch& d) {
   for (int i = 0; i < 31; i++) {
     const EmuBuffer& b = d.buffers[i];
     if (!b.host) continue;
-    char* memory = emu::memory_allocate(
-        b.length, 256, b.offset % 256,
-        b.read_only ? emu::Region::kReadOnly : emu::Region::kReadWrite,
-        "buffer(" + std::to_string(i) + ")", b.initialised);
+    char* memory =
+        emu::memory_allocate(b.length, 256, b.offset % 256,
+                             b.read_only ? emu::Region::kReadOnly : emu::Region::kReadWrite,
+                             "buffer(" + std::to_string(i) + ")", b.initialised);
     memcpy(memory, b.host, b.length);
     machine.dispatch.buffer[i] = memory;
     machine.dispatch.length[i] = b.length;
@@ -162,7 +162,8 @@ EMU_EXPORT int emu_run(EmuDispatch* d, char* message, uint64_t message_size) {
   for (size_t i = 0; i < order.size(); i++) order[i] = static_cast<uint32_t>(i);
   if (machine.schedule == emu::Schedule::kReverse) std::reverse(order.begin(), order.end());
   if (machine.schedule == emu::Schedule::kRandom) {
-    for (size_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[machine.next_random() % i]);
+    for (size_t i = order.size(); i > 1; i--)
+      std::swap(order[i - 1], order[machine.next_random() % i]);
   }
 
   {

@@ -39,8 +39,12 @@ void simdgroup_barrier(unsigned flags, int line, const char* file);
 // Every lane of the simdgroup meets here and deposits at most 64 bytes. Returns 32 slots of 64
 // bytes, one per lane; `operation` must be the same in all lanes.
 constexpr size_t kSlotBytes = 64;
-const unsigned char* simd_exchange(
-    const void* value, size_t size, uint32_t operation, int line, const char* file, uint32_t* active);
+const unsigned char* simd_exchange(const void* value,
+                                   size_t size,
+                                   uint32_t operation,
+                                   int line,
+                                   const char* file,
+                                   uint32_t* active);
 
 // Memory of a `threadgroup` variable; `key` identifies the declaration.
 void* threadgroup_variable(const void* key, size_t size, size_t alignment, const char* name);

@@ -66,8 +66,12 @@ bool run_threadgroup();
 // memory.cpp: one arena holds every buffer and threadgroup variable between red zones.
 enum class Region : uint8_t { kRedZone, kReadWrite, kReadOnly, kThreadgroup };
 void memory_reset(bool count_traffic);
-char* memory_allocate(
-    size_t size, size_t alignment, size_t offset, Region kind, const std::string& name, bool written);
+char* memory_allocate(size_t size,
+                      size_t alignment,
+                      size_t offset,
+                      Region kind,
+                      const std::string& name,
+                      bool written);
 void memory_begin_threadgroup();
 int64_t memory_unwritten(const char* begin, size_t size);
 // Device bytes read from the allocation at `begin` since memory_reset.

@@ -22,13 +22,17 @@ using promoted = std::conditional_t<std::is_same_v<T, bfloat>, float, T>;
 // Both operands have one type: mixed types are ambiguous in MSL.
 template <class T, std::enable_if_t<emu::is_scalar_v<T>, int> = 0>
 promoted<T> min(T a, T b) {
-  if constexpr (emu::is_float_v<T>) return promoted<T>(std::fmin(float(a), float(b)));
-  else return b < a ? b : a;
+  if constexpr (emu::is_float_v<T>)
+    return promoted<T>(std::fmin(float(a), float(b)));
+  else
+    return b < a ? b : a;
 }
 template <class T, std::enable_if_t<emu::is_scalar_v<T>, int> = 0>
 promoted<T> max(T a, T b) {
-  if constexpr (emu::is_float_v<T>) return promoted<T>(std::fmax(float(a), float(b)));
-  else return a < b ? b : a;
+  if constexpr (emu::is_float_v<T>)
+    return promoted<T>(std::fmax(float(a), float(b)));
+  else
+    return a < b ? b : a;
 }
 template <class T>
 promoted<T> clamp(T x, T low, T high) {

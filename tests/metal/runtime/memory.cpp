@@ -249,7 +249,7 @@ uint64_t memory_traffic(const char* begin) {
 #define EMU_PC __builtin_return_address(0)
 #define EMU_ACCESS(p, size, is_write, alignment) \
   emu::access(reinterpret_cast<uintptr_t>(p), size, is_write, alignment, EMU_PC)
-#define EMU_HOOKS(N)                                                             \
+#define EMU_HOOKS(N)                                                              \
   EMU_HOOK void __tsan_read##N(void* p) { EMU_ACCESS(p, N, false, N); }           \
   EMU_HOOK void __tsan_write##N(void* p) { EMU_ACCESS(p, N, true, N); }           \
   EMU_HOOK void __tsan_unaligned_read##N(void* p) { EMU_ACCESS(p, N, false, 0); } \

@@ -29,14 +29,22 @@ inline Size3 built_in(BuiltIn which) {
     case BuiltIn::kThreadPositionInGrid:
       return {d.group.x * d.threads.x + t.position.x, d.group.y * d.threads.y + t.position.y,
               d.group.z * d.threads.z + t.position.z};
-    case BuiltIn::kThreadPositionInThreadgroup: return t.position;
-    case BuiltIn::kThreadgroupPositionInGrid: return d.group;
-    case BuiltIn::kThreadsPerThreadgroup: return n;
-    case BuiltIn::kThreadgroupsPerGrid: return d.groups;
-    case BuiltIn::kThreadIndexInThreadgroup: return {t.index, 0, 0};
-    case BuiltIn::kThreadIndexInSimdgroup: return {t.lane, 0, 0};
-    case BuiltIn::kSimdgroupIndexInThreadgroup: return {t.simdgroup, 0, 0};
-    case BuiltIn::kSimdgroupsPerThreadgroup: return {(n.x * n.y * n.z + 31) / 32, 0, 0};
+    case BuiltIn::kThreadPositionInThreadgroup:
+      return t.position;
+    case BuiltIn::kThreadgroupPositionInGrid:
+      return d.group;
+    case BuiltIn::kThreadsPerThreadgroup:
+      return n;
+    case BuiltIn::kThreadgroupsPerGrid:
+      return d.groups;
+    case BuiltIn::kThreadIndexInThreadgroup:
+      return {t.index, 0, 0};
+    case BuiltIn::kThreadIndexInSimdgroup:
+      return {t.lane, 0, 0};
+    case BuiltIn::kSimdgroupIndexInThreadgroup:
+      return {t.simdgroup, 0, 0};
+    case BuiltIn::kSimdgroupsPerThreadgroup:
+      return {(n.x * n.y * n.z + 31) / 32, 0, 0};
   }
   return {};
 }

@@ -87,25 +87,25 @@ constexpr bool is_float_v = std::is_floating_point_v<T> || is_small_v<T>;
 
 // half o half and half o integer are half; half o float falls to the built-in float operation.
 // bfloat o half has no common type, hence no operator.
-#define EMU_SMALL_OPERATOR(o)                                                              \
-  template <class A, class B, std::enable_if_t<is_small_v<A> && std::is_same_v<A, B>, int> = 0> \
-  A operator o(A a, B b) {                                                                 \
-    return A(static_cast<float>(a) o static_cast<float>(b));                               \
-  }                                                                                        \
+#define EMU_SMALL_OPERATOR(o)                                                                    \
+  template <class A, class B, std::enable_if_t<is_small_v<A> && std::is_same_v<A, B>, int> = 0>  \
+  A operator o(A a, B b) {                                                                       \
+    return A(static_cast<float>(a) o static_cast<float>(b));                                     \
+  }                                                                                              \
   template <class A, class B, std::enable_if_t<is_small_v<A> && std::is_integral_v<B>, int> = 0> \
-  A operator o(A a, B b) {                                                                 \
-    return a o A(b);                                                                       \
-  }                                                                                        \
+  A operator o(A a, B b) {                                                                       \
+    return a o A(b);                                                                             \
+  }                                                                                              \
   template <class A, class B, std::enable_if_t<std::is_integral_v<A> && is_small_v<B>, int> = 0> \
-  B operator o(A a, B b) {                                                                 \
-    return B(a) o b;                                                                       \
-  }                                                                                        \
-  template <class A, class B,                                                              \
-            std::enable_if_t<is_small_v<A> && is_small_v<B> && !std::is_same_v<A, B>, int> = 0> \
-  void operator o(A a, B b) = delete;                                                      \
-  template <Small K>                                                                       \
-  SmallFloat<K>& operator o##=(SmallFloat<K>& a, SmallFloat<K> b) {                        \
-    return a = a o b;                                                                      \
+  B operator o(A a, B b) {                                                                       \
+    return B(a) o b;                                                                             \
+  }                                                                                              \
+  template <class A, class B,                                                                    \
+            std::enable_if_t<is_small_v<A> && is_small_v<B> && !std::is_same_v<A, B>, int> = 0>  \
+  void operator o(A a, B b) = delete;                                                            \
+  template <Small K>                                                                             \
+  SmallFloat<K>& operator o## = (SmallFloat<K> & a, SmallFloat<K> b) {                           \
+    return a = a o b;                                                                            \
   }
 EMU_SMALL_OPERATOR(+)
 EMU_SMALL_OPERATOR(-)

@@ -153,8 +153,8 @@ void report_divergence() {
       snprintf(place, sizeof place, "at %s at %s:%d",
                barrier ? "threadgroup_barrier" : "simdgroup operation", f.file, f.line);
     }
-    auto known = std::find_if(places.begin(), places.end(),
-                              [&](const auto& p) { return p.first == place; });
+    auto known =
+        std::find_if(places.begin(), places.end(), [&](const auto& p) { return p.first == place; });
     if (known == places.end()) {
       places.push_back({place, 1});
     } else {
@@ -198,7 +198,8 @@ void start_fibers() {
   machine.waiting = machine.returned = 0;
   for (uint32_t i = 0; i < count; i++) {
     Fiber& f = machine.fibers[i];
-    f.thread = {{i % size.x, i / size.x % size.y, i / (size.x * size.y)}, i, i % kLanes, i / kLanes};
+    f.thread = {
+        {i % size.x, i / size.x % size.y, i / (size.x * size.y)}, i, i % kLanes, i / kLanes};
     f.state = State::kReady;
     f.stack_pointer = new_stack(stacks + (i + 1) * kStackBytes, fiber_main);
   }
@@ -239,8 +240,9 @@ void fail(const char* format, ...) {
     const Thread& t = thread_state();
     const Size3& g = machine.dispatch.group;
     char head[300];
-    snprintf(head, sizeof head, "kernel %s: threadgroup (%u,%u,%u) simdgroup %u lane %u: ",
-             machine.kernel_name, g.x, g.y, g.z, t.simdgroup, t.lane);
+    snprintf(head, sizeof head,
+             "kernel %s: threadgroup (%u,%u,%u) simdgroup %u lane %u: ", machine.kernel_name, g.x,
+             g.y, g.z, t.simdgroup, t.lane);
     machine.error = std::string(head) + message;
   }
   yield();  // never resumed once machine.error is set

@@ -20,8 +20,23 @@ inline void simdgroup_barrier(mem_flags flags, EMU_HERE) {
 namespace detail {
 
 enum Operation : uint32_t {
-  kSum, kMax, kMin, kAnd, kOr, kXor, kShuffle, kBroadcast, kShuffleXor, kShuffleDown, kShuffleUp,
-  kBallot, kAll, kAny, kMatrixLoad, kMatrixStore, kMatrixMultiply
+  kSum,
+  kMax,
+  kMin,
+  kAnd,
+  kOr,
+  kXor,
+  kShuffle,
+  kBroadcast,
+  kShuffleXor,
+  kShuffleDown,
+  kShuffleUp,
+  kBallot,
+  kAll,
+  kAny,
+  kMatrixLoad,
+  kMatrixStore,
+  kMatrixMultiply
 };
 
 template <class T>
@@ -52,7 +67,8 @@ Lanes<T> exchange(const T& value, Operation operation, int line, const char* fil
 // Pairwise, as hardware does it: a serial sum would round worse than the real one.
 template <class T, class F>
 T reduce(const T& value, Operation operation, int line, const char* file, F combine) {
-  static_assert(!std::is_same_v<T, bfloat> && sizeof(T) <= 4, "no simdgroup function for this type");
+  static_assert(!std::is_same_v<T, bfloat> && sizeof(T) <= 4,
+                "no simdgroup function for this type");
   const Lanes<T> lanes = exchange(value, operation, line, file);
   T tree[32];
   bool valid[32];
@@ -74,25 +90,25 @@ inline unsigned lane() { return emu::thread_state().lane; }
 
 }  // namespace detail
 
-#define EMU_REDUCTION(name, operation, expression)                               \
-  template <class T>                                                             \
-  T simd_##name(T value, EMU_HERE) {                                             \
-    return detail::reduce(value, detail::operation, line, file,                  \
-                          [](T a, T b) -> T { return expression; });             \
+#define EMU_REDUCTION(name, operation, expression)                   \
+  template <class T>                                                 \
+  T simd_##name(T value, EMU_HERE) {                                 \
+    return detail::reduce(value, detail::operation, line, file,      \
+                          [](T a, T b) -> T { return expression; }); \
   }
 EMU_REDUCTION(sum, kSum, a + b)
 EMU_REDUCTION(max, kMax, a < b ? b : a)
 EMU_REDUCTION(min, kMin, b < a ? b : a)
-EMU_REDUCTION(and, kAnd, a & b)
+EMU_REDUCTION(and, kAnd, a& b)
 EMU_REDUCTION(or, kOr, a | b)
 EMU_REDUCTION(xor, kXor, a ^ b)
 #undef EMU_REDUCTION
 
-#define EMU_SHUFFLE(name, operation, source)                                    \
-  template <class T>                                                            \
-  T simd_##name(T value, ushort n, EMU_HERE) {                                  \
+#define EMU_SHUFFLE(name, operation, source)                                       \
+  template <class T>                                                               \
+  T simd_##name(T value, ushort n, EMU_HERE) {                                     \
     static_assert(!std::is_same_v<T, bfloat>, "no simdgroup function for bfloat"); \
-    return detail::exchange(value, detail::operation, line, file).pick(source); \
+    return detail::exchange(value, detail::operation, line, file).pick(source);    \
   }
 EMU_SHUFFLE(shuffle, kShuffle, n)
 EMU_SHUFFLE(broadcast, kBroadcast, n)

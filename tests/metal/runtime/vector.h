@@ -47,7 +47,9 @@ struct vec : vec_storage<T, N> {
     vec<U, N>::check(&other);
     for (int i = 0; i < N; i++) e[i] = T(other.e[i]);
   }
-  template <class A, class B, class... C,
+  template <class A,
+            class B,
+            class... C,
             std::enable_if_t<sizeof...(C) + 2 == N && emu::is_scalar_v<A>, int> = 0>
   vec(A a, B b, C... c) {
     const T all[] = {T(a), T(b), T(c)...};
@@ -64,26 +66,26 @@ struct vec : vec_storage<T, N> {
 };
 
 // Named components for the built-in variables and the float vectors the shaders read.
-#define EMU_COMPONENTS(T)                                                       \
-  template <>                                                                   \
-  struct alignas(2 * sizeof(T)) vec_storage<T, 2> {                             \
-    union {                                                                     \
-      T e[2];                                                                   \
-      struct {                                                                  \
-        T x, y;                                                                 \
-      };                                                                        \
-    };                                                                          \
-    static void check(const void*) {}                                           \
-  };                                                                            \
-  template <>                                                                   \
-  struct alignas(4 * sizeof(T)) vec_storage<T, 3> {                             \
-    union {                                                                     \
-      T e[3];                                                                   \
-      struct {                                                                  \
-        T x, y, z;                                                              \
-      };                                                                        \
-    };                                                                          \
-    static void check(const void*) {}                                           \
+#define EMU_COMPONENTS(T)                           \
+  template <>                                       \
+  struct alignas(2 * sizeof(T)) vec_storage<T, 2> { \
+    union {                                         \
+      T e[2];                                       \
+      struct {                                      \
+        T x, y;                                     \
+      };                                            \
+    };                                              \
+    static void check(const void*) {}               \
+  };                                                \
+  template <>                                       \
+  struct alignas(4 * sizeof(T)) vec_storage<T, 3> { \
+    union {                                         \
+      T e[3];                                       \
+      struct {                                      \
+        T x, y, z;                                  \
+      };                                            \
+    };                                              \
+    static void check(const void*) {}               \
   };
 EMU_COMPONENTS(uint)
 EMU_COMPONENTS(ushort)
@@ -101,7 +103,7 @@ EMU_COMPONENTS(ushort)
     return a o vec<T, N>(b);                                      \
   }                                                               \
   template <class T, int N>                                       \
-  vec<T, N>& operator o##=(vec<T, N>& a, const vec<T, N>& b) {    \
+  vec<T, N>& operator o## = (vec<T, N> & a, const vec<T, N>& b) { \
     return a = a o b;                                             \
   }
 EMU_VECTOR_OPERATOR(+)

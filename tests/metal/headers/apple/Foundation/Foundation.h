@@ -38,10 +38,10 @@
 @interface NSNumber : NSObject <NSCopying>
 @end
 
-@interface NSArray <__covariant T> : NSObject
+@interface NSArray<__covariant T> : NSObject
 @end
 
-@interface NSDictionary <__covariant K, __covariant V> : NSObject
+@interface NSDictionary<__covariant K, __covariant V> : NSObject
 @end
 
 @interface NSError : NSObject

@@ -10,14 +10,15 @@ static inline MTLSize MTLSizeMake(NSUInteger width, NSUInteger height, NSUIntege
   return size;
 }
 
-typedef NS_OPTIONS(NSUInteger, MTLBarrierScope){MTLBarrierScopeBuffers = 1};
-typedef NS_ENUM(NSUInteger, MTLLanguageVersion){MTLLanguageVersion3_1 = (3 << 16) + 1};
-typedef NS_ENUM(NSInteger, MTLMathMode){MTLMathModeSafe = 0, MTLMathModeFast = 2};
-typedef NS_ENUM(NSUInteger, MTLDataType){MTLDataTypeUInt = 33, MTLDataTypeBool = 53};
+typedef NS_OPTIONS(NSUInteger, MTLBarrierScope) { MTLBarrierScopeBuffers = 1 };
+typedef NS_ENUM(NSUInteger, MTLLanguageVersion) { MTLLanguageVersion3_1 = (3 << 16) + 1 };
+typedef NS_ENUM(NSInteger, MTLMathMode) { MTLMathModeSafe = 0, MTLMathModeFast = 2 };
+typedef NS_ENUM(NSUInteger, MTLDataType) { MTLDataTypeUInt = 33, MTLDataTypeBool = 53 };
 typedef NSUInteger MTLResourceOptions;
 typedef NSUInteger MTLStorageMode;
 
-@protocol MTLBuffer, MTLCommandBuffer, MTLComputePipelineState, MTLDevice, MTLLibrary;
+@protocol MTLBuffer
+, MTLCommandBuffer, MTLComputePipelineState, MTLDevice, MTLLibrary;
 
 @interface MTLCompileOptions : NSObject <NSCopying>
 #ifdef ONEBIT_EMULATED_METAL
@@ -27,8 +28,8 @@ typedef NSUInteger MTLStorageMode;
   MTLLanguageVersion language_version_;
 }
 #endif
-@property(readwrite, nonatomic) BOOL fastMathEnabled
-    API_DEPRECATED("Use mathMode instead", macos(10.11, 15.0));
+@property(readwrite, nonatomic)
+    BOOL fastMathEnabled API_DEPRECATED("Use mathMode instead", macos(10.11, 15.0));
 @property(readwrite, nonatomic) MTLMathMode mathMode API_AVAILABLE(macos(15.0));
 @property(readwrite, nonatomic) MTLLanguageVersion languageVersion;
 @end

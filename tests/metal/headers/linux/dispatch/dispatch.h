@@ -8,8 +8,7 @@ typedef void (^dispatch_block_t)(void);
 #ifdef __cplusplus
 extern "C"
 #endif
-    void
-    dispatch_sync(dispatch_queue_t queue, dispatch_block_t block);
+    void dispatch_sync(dispatch_queue_t queue, dispatch_block_t block);
 #else
 typedef struct dispatch_queue_s* dispatch_queue_t;
 #endif

@@ -5,7 +5,7 @@
 - (Class)class;
 @end
 __attribute__((objc_root_class))
-@interface NSObject <NSObject> {
+@interface NSObject<NSObject> {
   Class isa;
 }
 + (id)alloc;

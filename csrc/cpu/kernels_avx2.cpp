@@ -1,0 +1,44 @@
+// The AVX2 table: x86 since Haswell and Zen.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "float_types.h"
+#include "kernels.h"
+#include "scratch.h"
+#include "target.h"
+
+ONEBIT_TARGET_BEGIN("avx2,fma,f16c")
+
+#include "lookup_avx2-inl.h"
+#include "table-inl.h"
+
+namespace onebit::cpu {
+namespace {
+
+struct Shapes {
+  using Stream = LookupAvx2<4>;
+  using Panel = LookupAvx2<2>;
+  using Narrow = LookupAvx2<2>;
+  using Stream16 = Stream;
+  using Panel16 = Panel;
+  static constexpr int kTile = 64;
+};
+
+bool supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+}  // namespace
+
+extern const Kernels kAvx2Kernels;
+const Kernels kAvx2Kernels = Table<Shapes>::make("avx2", supported);
+
+}  // namespace onebit::cpu
+
+ONEBIT_TARGET_END
+
+#endif

@@ -1,0 +1,36 @@
+// The NEON table: every 64-bit ARM, Apple silicon included.
+#if defined(__aarch64__)
+
+#include <arm_neon.h>
+
+#include <cstring>
+
+#include "float_types.h"
+#include "kernels.h"
+#include "neon-inl.h"
+#include "scratch.h"
+#include "table-inl.h"
+#include "target.h"
+
+namespace onebit::cpu {
+namespace {
+
+struct Shapes {
+  using Stream = LookupNeon<4>;
+  using Panel = LookupNeon<4>;
+  using Narrow = LookupNeon<4>;
+  using Stream16 = Stream;
+  using Panel16 = Panel;
+  static constexpr int kTile = 64;
+};
+
+bool supported() { return true; }
+
+}  // namespace
+
+extern const Kernels kNeonKernels;
+const Kernels kNeonKernels = Table<Shapes>::make("neon", supported);
+
+}  // namespace onebit::cpu
+
+#endif

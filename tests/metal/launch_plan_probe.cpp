@@ -1,0 +1,36 @@
+// The launch plan behind a C interface, for test_launch_plan.py.
+#include "../../csrc/mps/launch_plan.h"
+
+#include <cstdio>
+
+using namespace onebit;
+using namespace onebit::mps;
+
+extern "C" __attribute__((visibility("default"))) void plan(const char* gpu_name,
+                                                            const int64_t* p,
+                                                            char* out,
+                                                            size_t size) {
+  const Product product = {static_cast<uint32_t>(p[0]),
+                           static_cast<uint32_t>(p[1]),
+                           static_cast<uint32_t>(p[2]),
+                           p[3],
+                           p[4] != 0,
+                           static_cast<uint32_t>(p[5]),
+                           static_cast<uint32_t>(p[6]),
+                           static_cast<uint32_t>(p[7]),
+                           p[8] != 0,
+                           p[9] != 0,
+                           ValueType::kHalf,
+                           ValueType::kFloat,
+                           true};
+  const ProductPlan plan = plan_product(product, gpu_of(gpu_name));
+  const Launch& l = plan.product;
+  snprintf(out, size, "%s %d %ux%ux%u %u %d %u %u %u", kernel_name(l.pipeline.kernel),
+           l.pipeline.rows, l.groups.x, l.groups.y, l.groups.z, l.threads, l.pipeline.partial,
+           plan.splits, plan.params.split_k, plan.sum.groups.x);
+}
+
+extern "C" __attribute__((visibility("default"))) void gpu(const char* name, int* out) {
+  out[0] = gpu_of(name).generation;
+  out[1] = static_cast<int>(gpu_of(name).cores);
+}

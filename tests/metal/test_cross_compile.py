@@ -1,0 +1,114 @@
+"""The extension builds for macOS arm64 against users' wheels, and a defect would show."""
+
+import os
+import subprocess
+
+import host_build
+import mac_build
+import mac_torch
+import pytest
+import toolchain
+
+MPS = mac_build.CSRC / "mps"
+SOURCES = sorted([*MPS.glob("*.cpp"), *MPS.glob("*.mm")])
+OTHER_SOURCES = sorted([*mac_build.CSRC.glob("*.cpp"), *mac_build.CSRC.glob("cpu/*.cpp")])
+
+
+def wheel(version):
+    try:
+        return mac_torch.fetch(version)
+    except mac_torch.NotAvailable as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"not proven here: {error}")
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.13.0", ""], ids=["2.10.0", "2.13.0", "newest"])
+def test_mps_links_against_the_mac_wheel(version, tmp_path):
+    torch = wheel(version)
+    objects = mac_build.objects_of(SOURCES, torch)
+    assert mac_build.unresolved(objects, torch) == []
+    assert mac_build.link(objects, torch, tmp_path).stat().st_size > 0
+
+
+def test_the_whole_extension_links_against_the_mac_wheel(tmp_path):
+    torch = wheel("2.13.0")
+    objects = mac_build.objects_of([*SOURCES, *OTHER_SOURCES], torch)
+    assert mac_build.unresolved(objects, torch) == []
+    assert mac_build.link(objects, torch, tmp_path).stat().st_size > 0
+
+
+MUTANTS = {
+    "wrong selector": (
+        "[encoder setBytes:work.params length:",
+        "[encoder setBytes:work.params size:",
+        "setBytes:size:atIndex:",
+    ),
+    "missing bridge": (
+        "(__bridge id<MTLBuffer>)",
+        "(id<MTLBuffer>)",
+        "requires a bridged cast",
+    ),
+    "missing availability guard": (
+        "if (@available(macOS 15.0, *)) {",
+        "if (true) {",
+        "only available on macOS 15.0",
+    ),
+    "deprecated call outside its guard": (
+        "options.languageVersion =",
+        "options.fastMathEnabled = NO; options.languageVersion =",
+        "deprecated",
+    ),
+    "moved namespace": (
+        "at::mps::getCurrentMPSStream()",
+        "at::native::mps::getCurrentMPSStream()",
+        "no member named 'native'|undeclared identifier|no member named",
+    ),
+    "wrong return type": (
+        "id<MTLLibrary> library =\n      [device newLibraryWithSource:",
+        "id<MTLBuffer> library =\n      [device newLibraryWithSource:",
+        "incompatible|initializing",
+    ),
+}
+
+
+def compile_mutant(text, folder, torch, *, arc=True, output=("-fsyntax-only",)):
+    source = folder / "encoder.mm"
+    source.write_text(text)
+    command = [c for c in mac_build.compiler(torch) if arc or c != "-fobjc-arc"]
+    target = folder / "encoder.o"
+    command += [*host_build.include_of(source), *output, str(source), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done, target
+
+
+@pytest.mark.parametrize("defect", MUTANTS)
+def test_a_defect_in_the_encoder_does_not_compile(defect, tmp_path):
+    before, after, reason = MUTANTS[defect]
+    original = (MPS / "encoder.mm").read_text()
+    assert before in original
+    done, _ = compile_mutant(original.replace(before, after), tmp_path, wheel("2.13.0"))
+    assert done.returncode != 0
+    assert any(word in done.stderr for word in reason.split("|")), done.stderr
+
+
+def test_the_encoder_asks_for_arc(tmp_path):
+    original = (MPS / "encoder.mm").read_text()
+    done, _ = compile_mutant(original, tmp_path, wheel("2.13.0"), arc=False)
+    assert done.returncode != 0
+    assert "compile with -fobjc-arc" in done.stderr
+
+
+def test_a_symbol_the_wheel_does_not_export_is_found(tmp_path):
+    torch = wheel("2.13.0")
+    text = (MPS / "encoder.mm").read_text()
+    text = text.replace(
+        "namespace onebit::mps {\nnamespace {",
+        "namespace at::mps { void removed(); }\nnamespace onebit::mps {\nnamespace {",
+    ).replace("Gpu current_gpu() {", "Gpu current_gpu() {\n  at::mps::removed();")
+    done, target = compile_mutant(text, tmp_path, torch, output=("-c",))
+    assert done.returncode == 0, done.stderr
+    objects = [o for o in mac_build.objects_of(SOURCES, torch) if "encoder" not in o.name]
+    assert mac_build.unresolved([target, *objects], torch) == ["__ZN2at3mps7removedEv"]
+    with pytest.raises(toolchain.CompileError, match="undefined symbol"):
+        mac_build.link([target, *objects], torch, tmp_path)

@@ -1,0 +1,124 @@
+"""Which kernel runs on which grid, on every platform."""
+
+import ctypes
+from dataclasses import dataclass
+
+import pytest
+import toolchain
+
+
+@pytest.fixture(scope="module")
+def probe():
+    headers = [
+        toolchain.ROOT / "csrc/mps/launch_plan.h",
+        toolchain.ROOT / "metal/params.h",
+        toolchain.ROOT / "csrc/format.h",
+    ]
+    # C++17 with neither torch nor Metal in reach.
+    compiler = ["g++", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    source = toolchain.HERE / "launch_plan_probe.cpp"
+    key = toolchain.digest(*(p.read_bytes() for p in [source, *headers]))
+    library = toolchain.cache_directory() / f"launch-plan-{key}.so"
+    if not library.exists():
+        toolchain.run([*compiler, str(source), "-o", str(library)])
+    return ctypes.CDLL(str(library))
+
+
+@dataclass
+class Plan:
+    kernel: str
+    rows: int
+    groups: tuple[int, ...]
+    threads: int
+    partial: bool
+    splits: int
+    split_k: int
+    sum_groups: int
+
+
+def plan(
+    probe, m, n, k, *, transpose=True, group_size=128, batches=1, x_matrices=1, w_matrices=1,
+    indexed=False, is_sorted=False, gpu="Apple M1",
+):  # fmt: skip
+    values = [m, n, k, group_size, transpose, batches, x_matrices, w_matrices, indexed, is_sorted]
+    out = ctypes.create_string_buffer(200)
+    probe.plan(gpu.encode(), (ctypes.c_int64 * len(values))(*values), out, ctypes.c_size_t(200))
+    kernel, rows, groups, *rest = out.value.decode().split()
+    numbers = [int(r) for r in rest]
+    grid = tuple(int(g) for g in groups.split("x"))
+    return Plan(kernel, int(rows), grid, numbers[0], bool(numbers[1]), *numbers[2:])
+
+
+# m, n, k, transpose, GPU, kernel and rows of its instance, grid, splits, why
+TABLE = [
+    (1, 4096, 4096, True, "Apple M1", ("qmv", 0), (256, 1, 1), 1, "decoding"),
+    (1, 4097, 2560, True, "Apple M1", ("qmv", 0), (257, 1, 1), 1, "no slow path for odd n or k"),
+    (1, 8, 32, True, "Apple M1", ("qmv", 0), (1, 1, 1), 1, "the smallest"),
+    (2, 4096, 4096, True, "Apple M1", ("qmv_wide", 2), (512, 1, 1), 1, "two rows"),
+    (5, 4096, 4096, True, "Apple M1", ("qmv_wide", 6), (512, 1, 1), 1, "the next instance"),
+    (8, 4096, 4096, True, "Apple M1", ("qmv_wide", 8), (512, 1, 1), 1, "the widest"),
+    (9, 4096, 4096, True, "Apple M1", ("qmm", 0), (128, 1, 1), 1, "tiles"),
+    (512, 4096, 4096, True, "Apple M1", ("qmm", 0), (128, 16, 1), 1, "prefill"),
+    (16, 256, 8192, True, "Apple M1", ("qmm", 0), (8, 1, 4), 4, "few tiles, long k"),
+    (16, 256, 8192, True, "Apple M3 Max", ("qmm", 0), (8, 1, 16), 16, "more cores, more splits"),
+    (16, 256, 512, True, "Apple M3 Max", ("qmm", 0), (8, 1, 1), 1, "k too short to split"),
+    (1, 4096, 4096, False, "Apple M1", ("qvm", 0), (4, 1, 7), 7, "backward of one row"),
+    (1, 1024, 300, False, "Apple M1", ("qvm", 0), (1, 1, 1), 1, "backward, short k"),
+    (2, 4096, 4096, False, "Apple M1", ("qmm_n", 0), (32, 1, 1), 1, "backward of two rows"),
+    (64, 160, 100, False, "Apple M1", ("qmm_n", 0), (2, 2, 1), 1, "edges in both directions"),
+]
+
+
+@pytest.mark.parametrize("m, n, k, transpose, gpu, kernel, groups, splits, why", TABLE)
+def test_plan(probe, m, n, k, transpose, gpu, kernel, groups, splits, why):
+    p = plan(probe, m, n, k, transpose=transpose, gpu=gpu)
+    assert ((p.kernel, p.rows), p.groups, p.splits) == (kernel, groups, splits)
+
+
+@pytest.mark.parametrize("k", [1024, 1025, 2560, 5120, 9728, 17408, 100000])
+@pytest.mark.parametrize("gpu", ["Apple M1", "Apple M4 Pro", "Apple M2 Ultra"])
+def test_splits_cover_k_without_an_empty_one(probe, k, gpu):
+    for n in (32, 128, 1024, 4096):
+        p = plan(probe, 1, n, k, transpose=False, group_size=32, gpu=gpu)
+        assert (p.splits - 1) * p.split_k < k <= p.splits * p.split_k
+        assert p.splits == 1 or p.split_k % 128 == 0
+        assert p.partial == (p.splits > 1)
+        assert p.sum_groups == (0 if p.splits == 1 else -(-n // 256))
+
+
+def test_batches_are_a_dimension_of_the_grid(probe):
+    p = plan(probe, 1, 64, 128, batches=6, x_matrices=6, w_matrices=4, indexed=True)
+    assert (p.kernel, p.groups) == ("qmv", (4, 1, 6))
+
+
+@pytest.mark.parametrize(
+    "batches, matrices, is_sorted, kernel, why",
+    [
+        (64, 8, True, "qmm_sorted", "8 rows for each matrix"),
+        (63, 8, True, "qmv", "fewer than 8 rows a matrix"),
+        (64, 8, False, "qmv", "nobody says they are sorted"),
+    ],
+)
+def test_sorted_rows_share_a_pass(probe, batches, matrices, is_sorted, kernel, why):
+    p = plan(
+        probe, 1, 64, 128, batches=batches, w_matrices=matrices, indexed=True, is_sorted=is_sorted
+    )
+    assert p.kernel == kernel
+
+
+@pytest.mark.parametrize(
+    "name, generation, cores",
+    [
+        ("Apple M1", 1, 7),
+        ("Apple M2 Pro", 2, 14),
+        ("Apple M3 Max", 3, 24),
+        ("Apple M1 Ultra", 1, 48),
+        ("Apple M12", 12, 7),
+        ("Apple Paravirtual device", 0, 7),  # a Mac in a cloud
+        ("", 0, 7),
+    ],
+)
+def test_gpu_by_name(probe, name, generation, cores):
+    out = (ctypes.c_int * 2)()
+    probe.gpu(name.encode(), out)
+    assert tuple(out) == (generation, cores)

@@ -1,0 +1,314 @@
+"""The MPS operators from the call to the shader, through the real encoder on a fake Metal."""
+
+import os
+import sys
+
+import emulator
+import pytest
+import reference
+import torch
+from helpers import assert_as_accurate_as_torch, assert_qmm, make_weights, to_numpy, torch_qmm
+
+ops = torch.ops.onebit
+FLOATS = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat"}
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulated GPU runs on Linux")
+
+
+def log():
+    return torch.ops.onebit_fake.take_log().split("\n")[:-1]
+
+
+def kernels_of(log_lines):
+    return [line.split()[0] for line in log_lines]
+
+
+def weights(*shape, **options):
+    return make_weights(*shape, device="mps", **options)
+
+
+# m, rows of w, columns of w, transpose, GPU, the kernels that must have run: one row per kernel
+PRODUCTS = [
+    (1, 70, 320, True, "Apple M1", ["qmv_{}"]),
+    (2, 70, 320, True, "Apple M1", ["qmv_wide_{}_2"]),
+    (3, 21, 128, True, "Apple M1", ["qmv_wide_{}_3"]),
+    (4, 21, 128, True, "Apple M1", ["qmv_wide_{}_4"]),
+    (5, 21, 128, True, "Apple M1", ["qmv_wide_{}_6"]),
+    (7, 21, 128, True, "Apple M1", ["qmv_wide_{}_8"]),
+    (37, 70, 320, True, "Apple M1", ["qmm_{}"]),
+    (37, 70, 1088, True, "Apple M3 Max", ["qmm_{}_partial", "sum_partials_{}"]),
+    (1, 70, 320, False, "Apple M1", ["qvm_{}"]),
+    (1, 1100, 320, False, "Apple M3 Max", ["qvm_{}_partial", "sum_partials_{}"]),
+    (37, 70, 320, False, "Apple M1", ["qmm_n_{}"]),
+    (37, 1100, 320, False, "Apple M3 Max", ["qmm_n_{}_partial", "sum_partials_{}"]),
+]
+
+
+@pytest.mark.parametrize("schedule", [emulator.FORWARD, emulator.REVERSE, emulator.RANDOM])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("m, rows, columns, transpose, gpu, kernels", PRODUCTS)
+def test_every_product_kernel_is_accurate_under_every_schedule(
+    m, rows, columns, transpose, gpu, kernels, dtype, schedule, monkeypatch
+):
+    monkeypatch.setenv("ONEBIT_FAKE_GPU", gpu)
+    monkeypatch.setenv("ONEBIT_FAKE_SCHEDULE", str(schedule))
+    log()
+    packed, scales, biases = weights(rows, columns, group_size=64, dtype=dtype)
+    x = torch.randn(m, columns if transpose else rows).to("mps", dtype)
+    assert_qmm(x, packed, scales, biases, 64, transpose)
+    expected = [k.format(FLOATS[dtype]) for k in kernels]
+    if dtype == torch.float32:
+        expected = [k.replace("_partial", "") if k.endswith("_partial") else k for k in expected]
+    assert kernels_of(log())[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_sorted_indices_share_a_pass_over_each_matrix(dtype):
+    packed, scales, biases = weights(2, 70, 192, group_size=32, dtype=dtype)
+    x = torch.randn(40, 1, 192).to("mps", dtype)
+    rhs = torch.tensor([0] * 23 + [1] * 17, device="mps")
+    log()
+    y = ops.gather_qmm(x, packed, scales, biases, None, rhs, 32, True, True)
+    assert kernels_of(log()) == [f"qmm_sorted_{FLOATS[dtype]}"]
+    plain = torch.stack(
+        [torch_qmm(x[i], packed[r], scales[r], biases[r], 32) for i, r in enumerate(rhs.tolist())]
+    )
+    arrays = [to_numpy(t) for t in (x, packed, scales, biases, None, rhs)]
+    assert_as_accurate_as_torch(y, plain, reference.gather_qmm(*arrays, 32))
+
+
+def test_every_kernel_of_the_library_runs_in_these_tests():
+    """A host_name without a caller, or a caller's kernel without a table row, shows here."""
+    library = emulator.Library(
+        sorted(emulator.toolchain.SHADERS.glob("*.metal")), [emulator.toolchain.SHADERS]
+    )
+    covered = {
+        k.format(t) for *_, kernels in PRODUCTS for k in kernels for t in FLOATS.values()
+    } | {
+        f"{k}_{t}"
+        for k in ("qmm_sorted", "quantize", "decode", "affine_grad")
+        for t in FLOATS.values()
+    }
+    covered -= {f"{k}_float_partial" for k in ("qmm", "qvm", "qmm_n")}
+    assert set(library.kernels()) == covered
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("schedule", [emulator.FORWARD, emulator.RANDOM])
+def test_quantize_dequantize_and_embedding_equal_the_cpu(dtype, group_size, schedule, monkeypatch):
+    monkeypatch.setenv("ONEBIT_FAKE_SCHEDULE", str(schedule))
+    w = torch.randn(37, 384).to(dtype)
+    w[3], w[4, 5], w[5, 6], w[6] = -0.0, float("inf"), float("nan"), float("nan")
+    w[7, ::2], w[7, 1::2] = 0.0, -0.0  # the first zero gives the sign
+    w[8] = w[8].abs().neg()  # all negative: the maximum must not start at 0
+    w[9, ::2], w[9, 1::2], w[9, 7] = 1.0, 0.0, 0.5  # a tie is 0
+    log()
+    results = [ops.quantize(t, group_size) for t in (w, w.to("mps"))]
+    assert kernels_of(log()) == [f"quantize_{FLOATS[dtype]}"]
+    for cpu, mps in zip(*results, strict=True):
+        same_bits(cpu, mps)
+    ids = torch.tensor([[0, 36], [5, 5], [4, 6]])
+    for biases in (True, False):
+        args = [[p, s, b if biases else None, group_size] for p, s, b in results]
+        same_bits(ops.dequantize(*args[0]), ops.dequantize(*args[1]))
+        same_bits(ops.embedding(ids, *args[0]), ops.embedding(ids.to("mps"), *args[1]))
+        assert kernels_of(log()) == [f"decode_{FLOATS[dtype]}"] * 2
+
+
+def same_bits(a, b):
+    a, b = a.cpu(), b.cpu()
+    if a.is_floating_point():
+        assert torch.equal(a.isnan(), b.isnan())
+        bits = torch.int32 if a.element_size() == 4 else torch.int16
+        a, b = (t.nan_to_num(nan=1.0).view(bits) for t in (a, b))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("transpose", [True, False])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_affine_grad_sums_what_the_cpu_sums(dtype, transpose, group_size):
+    packed, *_ = weights(21, 384, group_size=group_size)
+    k, n = (384, 21) if transpose else (21, 384)
+    x, grad = torch.randn(5, k).to(dtype), torch.randn(5, n).to(dtype)
+    exact = ops.affine_grad(
+        grad.double(), x.double(), packed.cpu(), None, None, group_size, transpose
+    )
+    ours = ops.affine_grad(grad.to("mps"), x.to("mps"), packed, None, None, group_size, transpose)
+    for a, b in zip(ours, exact, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.cpu().double(), b, rtol=2e-6, atol=2e-5)
+
+
+def test_affine_grad_of_gather_adds_up_the_rows_of_each_matrix():
+    packed, *_ = weights(3, 21, 128, group_size=32)
+    x, grad = torch.randn(4, 2, 128), torch.randn(5, 2, 21)
+    lhs, rhs = torch.tensor([0, 3, 1, 1, 2]), torch.tensor([2, 0, 2, 2, 0])
+    exact = ops.affine_grad(grad.double(), x.double(), packed.cpu(), lhs, rhs, 32)
+    ours = ops.affine_grad(*(t.to("mps") for t in (grad, x, packed, lhs, rhs)), 32)
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, rtol=2e-6, atol=2e-5)
+        assert not a[1].any()  # a matrix no row chose
+
+
+@pytest.mark.parametrize("m", [1, 4, 12])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_contiguous_x_that_is_not_aligned(m, dtype):
+    packed, scales, biases = weights(40, 256)
+    x = torch.randn(m * 256 + 1).to("mps", dtype)[1:].view(m, 256)
+    assert x.is_contiguous() and x.storage_offset() == 1
+    assert_qmm(x, packed, scales, biases, 128)
+
+
+def test_storage_offsets_of_every_argument():
+    packed, scales, biases = weights(3, 40, 256)
+    x = torch.randn(5, 4, 256, device="mps")
+    assert_qmm(x[2], packed[1], scales[1], biases[1], 128)
+
+
+def test_two_calls_in_a_row_use_one_pipeline():
+    packed, scales, biases = weights(40, 256)
+    x = torch.randn(1, 256, device="mps")
+    first = ops.qmm(x, packed, scales, biases, 128)
+    assert torch.equal(first, ops.qmm(x, packed, scales, biases, 128))
+
+
+@pytest.mark.parametrize("argument", range(4))
+def test_one_tensor_on_the_cpu_is_an_error(argument):
+    arguments = [torch.randn(1, 256, device="mps"), *weights(40, 256)]
+    arguments[argument] = arguments[argument].cpu()
+    with pytest.raises(ValueError, match=r"must be on (cpu|mps:0) as the others, got (cpu|mps:0)"):
+        ops.qmm(*arguments, 128)
+
+
+def test_an_index_out_of_range_gives_nan_and_touches_nothing_else():
+    packed, scales, biases = weights(3, 40, 128)
+    x = torch.randn(4, 1, 128, device="mps")
+    for bad in (3, -1, 2**40):
+        rhs = torch.tensor([0, bad, 2, 1], device="mps")
+        for transpose in (True, False):
+            inputs = x if transpose else x[..., :40].contiguous()
+            y = ops.gather_qmm(inputs, packed, scales, biases, None, rhs, 128, transpose)
+            assert y[1].isnan().all() and not y[[0, 2, 3]].isnan().any()
+        rows = ops.embedding(rhs, packed[0], scales[0], biases[0], 128)
+        assert rows[1].isnan().all() == (bad != 3) and not rows[0].isnan().any()
+    sorted_rhs = torch.tensor([0] * 20 + [1] * 20 + [7] * 3, device="mps")
+    many = torch.randn(43, 1, 128, device="mps")
+    y = ops.gather_qmm(many, packed, scales, biases, None, sorted_rhs, 128, True, True)
+    assert y[40:].isnan().all() and not y[:40].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "step, message",
+    [
+        ("compile", "do not compile on Apple M1, macOS Version 0"),
+        ("function", "the Metal kernel qmv_wide_float_3 is missing on Apple M1"),
+        ("pipeline", "the Metal kernel qmv_wide_float_3 has no pipeline on Apple M1"),
+    ],
+)
+def test_a_failing_compiler_is_quoted(step, message):
+    """In a process of its own, where nothing is compiled yet."""
+    code = f"""
+import conftest, torch
+from helpers import make_weights
+torch.ops.onebit_fake.fail_next({step!r})
+w = make_weights(8, 160, group_size=32, symmetric=True, device="mps")
+torch.ops.onebit.qmm(torch.ones(3, 160, device="mps"), *w, 32)
+"""
+    import subprocess
+
+    tests = emulator.toolchain.ROOT / "tests"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tests,
+        env={**os.environ, "PYTHONPATH": f"{tests}:{emulator.toolchain.ROOT}"},
+    )
+    assert message in done.stderr
+    assert "error: made to fail" in done.stderr
+
+
+def test_gradients_on_mps_equal_those_on_the_cpu():
+    packed, scales, biases = make_weights(40, 256, group_size=64)
+    x = torch.randn(6, 256)
+    grads = []
+    for device in ("cpu", "mps"):
+        leaves = [t.detach().to(device).requires_grad_() for t in (x, scales, biases)]
+        y = ops.qmm(leaves[0], packed.to(device), *leaves[1:], 64)
+        y.square().sum().backward()
+        grads.append([t.grad.cpu() for t in leaves])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_opcheck_on_mps():
+    packed, scales, biases = weights(40, 256)
+    x = torch.randn(3, 256, device="mps", requires_grad=True)
+    # torch's autograd registration check knows no mps; it runs on the CPU.
+    utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    arguments = (x, packed, scales, biases, 128)
+    torch.library.opcheck(ops.qmm.default, arguments, test_utils=utilities)
+
+
+def test_compiled_graph_on_mps():
+    packed, scales, biases = weights(40, 256)
+    x = torch.randn(3, 256, device="mps")
+    compiled = torch.compile(
+        lambda x: ops.qmm(x, packed, scales, biases, 128) * 2, backend="aot_eager", fullgraph=True
+    )
+    assert torch.equal(compiled(x), ops.qmm(x, packed, scales, biases, 128) * 2)
+
+
+def test_autocast_on_mps():
+    packed, scales, biases = weights(40, 256)
+    x = torch.randn(3, 256, device="mps")
+    with torch.autocast("mps", dtype=torch.float16):
+        y = ops.qmm(x, packed, scales, biases, 128)
+    assert y.dtype == torch.float16
+
+
+def test_flushed_subnormals_change_no_bit_of_quantize():
+    """Apple GPUs may flush subnormal floats; the kernel compares them as integers."""
+    import numpy as np
+
+    library = emulator.Library(
+        sorted(emulator.toolchain.SHADERS.glob("*.metal")), [emulator.toolchain.SHADERS]
+    )
+    w = np.array([1e-40, -2e-41, 3e-39, 1e-45] * 32, np.float32)
+    w[64:] *= 0.5
+    packed, scales, biases = (
+        np.zeros(4, np.uint32),
+        np.zeros(4, np.float32),
+        np.zeros(4, np.float32),
+    )
+    params = np.array([4, 1], np.uint32)
+    library.run(
+        "quantize_float", {0: w, 4: params}, {1: packed, 2: scales, 3: biases}, (1,), (256,),
+        flush_denormals=True,
+    )  # fmt: skip
+    expected = ops.quantize(torch.from_numpy(w), 32)
+    assert np.array_equal(packed, expected[0].numpy().view(np.uint32))
+    assert np.array_equal(scales.view(np.uint32), expected[1].numpy().view(np.uint32))
+    assert np.array_equal(biases.view(np.uint32), expected[2].numpy().view(np.uint32))
+
+
+def test_selftest_passes_and_its_rows_are_every_kernel():
+    from torch_onebit import selftest
+
+    log()
+    rows = list(selftest.rows("mps", measure=False))
+    assert [str(row) for row in rows if not row.passed] == []
+    ran = set(kernels_of(log()))
+    library = emulator.Library(
+        sorted(emulator.toolchain.SHADERS.glob("*.metal")), [emulator.toolchain.SHADERS]
+    )
+    assert set(library.kernels()) == ran
+
+
+def test_selftest_reports_a_kernel_that_is_wrong():
+    from torch_onebit import selftest
+
+    row = selftest.Row("qmv", torch.float16, error=1e-2, allowed=1e-3)
+    assert not row.passed and "FAIL" in str(row)

@@ -1,0 +1,36 @@
+"""No kernel reads the weights more often than its tiles force it to."""
+
+import sys
+
+import pytest
+import traffic
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulated GPU runs on Linux")
+
+# m, n, k, group size, transpose, why
+SHAPES = [
+    (1, 64, 2560, 128, True, "decoding; k is no multiple of 2048"),
+    (1, 64, 1024, 32, True, "smallest groups"),
+    (2, 64, 1024, 128, True, "two rows"),
+    (5, 64, 1024, 64, True, "five rows in an instance for six"),
+    (8, 64, 1024, 128, True, "eight rows"),
+    (40, 64, 1024, 128, True, "two tiles of rows"),
+    (40, 64, 256, 32, True, "smallest groups in tiles"),
+    (1, 1024, 96, 128, False, "backward of one row"),
+    (1, 1024, 96, 32, False, "backward, smallest groups"),
+    (40, 256, 96, 128, False, "backward in tiles"),
+    (40, 256, 96, 32, False, "backward in tiles, smallest groups"),
+]
+
+
+@pytest.mark.parametrize("m, n, k, group_size, transpose, why", SHAPES)
+def test_weights_are_read_once_per_pass(m, n, k, group_size, transpose, why):
+    t = traffic.measure(m, n, k, group_size=group_size, transpose=transpose)
+    assert t.ratio("packed") == traffic.passes(m)
+    assert t.ratio("scales") <= 1.1 * traffic.passes(m)
+    assert t.ratio("biases") <= 1.1 * traffic.passes(m)
+
+
+def test_qmv_shares_x_among_the_rows_of_a_simdgroup():
+    t = traffic.measure(1, 64, 2560)
+    assert t.read["x"] <= t.naive_x / 8
