@@ -159,7 +159,8 @@ def qat(rule: str, *, start: str = "float32", distill: bool = False) -> Callable
         torch_onebit.prepare_qat_(
             model, rule=rule, group_size=bench.protocol.group_size, filter_fn=in_blocks
         )
-        result = bench.train_on(model, loss_fn=bench.distillation() if distill else None)
+        loss_fn = bench.distillation() if distill else None
+        result = bench.train_on(model, loss_fn=loss_fn)
         result.converted = bench.evaluate(torch_onebit.convert_(model, dtype=torch.float16))
         return result
 
@@ -175,8 +176,7 @@ def frozen_bits(rank: int, distill: bool = False) -> Callable[[Bench], Outcome]:
         if rank:
             torch_onebit.add_lora_(model, rank=rank)
         loss_fn = bench.distillation() if distill else None
-        # Levels and LoRA take more than weights do: 2e-3 ends 0.012 nats higher.
-        return bench.train_on(model, learning_rate=6e-3, weight_decay=0.0, loss_fn=loss_fn)
+        return bench.train_on(model, weight_decay=0.0, loss_fn=loss_fn)
 
     return run
 

@@ -21,27 +21,31 @@ def load(protocol: str, results: Path) -> list[dict]:
     return [json.loads(p.read_text()) for p in sorted(results.glob(f"training_{protocol}_seed*"))]
 
 
-def losses(runs: list[dict], variant: str) -> list[float]:
-    return [run["variants"][variant]["loss"] for run in runs if variant in run["variants"]]
+def loss(run: dict, variant: str) -> float | None:
+    return run["variants"][variant]["loss"] if variant in run["variants"] else None
+
+
+def over(runs: list[dict], variant: str, base: str) -> list[float]:
+    """Loss of a variant minus that of its base, for every seed that has both."""
+    pairs = [(loss(run, variant), loss(run, base)) for run in runs]
+    return [a - b for a, b in pairs if a is not None and b is not None]
 
 
 def table(runs: list[dict]) -> str:
-    """Markdown: a row per variant that every seed has; losses in nats per byte."""
+    """Markdown: a row per variant; losses in nats per byte. A seed not run yet leaves its cell."""
     seeds = [f"seed {run['seed']}" for run in runs]
-    header = ["", *seeds, "mean", "over float32", "trained", "seconds"]
+    header = ["", *seeds, "over float32", "trained", "seconds"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for variant in runs[0]["variants"]:
-        values = losses(runs, variant)
-        if len(values) < len(runs):
-            continue
+    names = list(dict.fromkeys(name for run in runs for name in run["variants"]))
+    for variant in names:
         untrained = variant.startswith("PTQ") or variant == "float32"
-        bases = losses(runs, "float32" if untrained else "float32, equally long")
-        each = [run["variants"][variant] for run in runs]
+        difference = over(runs, variant, "float32" if untrained else "float32, equally long")
+        each = [run["variants"][variant] for run in runs if variant in run["variants"]]
+        values = [loss(run, variant) for run in runs]
         cells = [
             variant,
-            *[f"{v:.3f}" for v in values],
-            f"{mean(values):.3f}",
-            f"{mean(values) - mean(bases):+.3f}" if len(bases) == len(values) else "",
+            *["" if v is None else f"{v:.3f}" for v in values],
+            f"{mean(difference):+.3f}" if difference else "",
             f"{each[0]['trained'] / 1000:,.0f} k" if each[0]["trained"] else "",
             f"{mean(r['seconds'] for r in each):.0f}",
         ]
@@ -53,13 +57,14 @@ def bars(protocol: str, runs: list[dict]) -> list[tuple[str, float, float]]:
     """(what, measured, allowed) in nats, of the bars whose figures are there."""
     found = []
     for bar_protocol, variant, base, allowed in BARS:
-        values, bases = losses(runs, variant), losses(runs, base)
-        if bar_protocol == protocol and len(values) == len(bases) == len(runs):
-            found.append((f"{variant} over {base}", mean(values) - mean(bases), allowed))
+        difference = over(runs, variant, base) if bar_protocol == protocol else []
+        if difference:
+            what = f"{variant} over {base} ({len(difference)} of {len(runs)} seeds)"
+            found.append((what, mean(difference), allowed))
     results = [result for run in runs for result in run["variants"].values()]
     changes = [abs(r["converted"] - r["loss"]) for r in results if r["converted"] is not None]
     if changes:
-        found.append(("packing changes the loss by", max(changes), MAX_CONVERSION_CHANGE))
+        found.append(("packing changes the loss by, at most", max(changes), MAX_CONVERSION_CHANGE))
     return found
 
 
@@ -78,11 +83,17 @@ def plot(protocol: str, runs: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    # Not the distilled ones: their loss is another quantity.
+    curves = {
+        variant: result
+        for variant, result in runs[0]["variants"].items()
+        if result["curve"] and "distilled" not in variant
+    }
+    if not curves:
+        return
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    for variant, result in runs[0]["variants"].items():
+    for variant, result in curves.items():
         curve = result["curve"]
-        if not curve or "distilled" in variant:  # distilled: their loss is another quantity
-            continue
         smooth = [mean(curve[max(0, i - 20) : i + 1]) for i in range(len(curve))]
         axes.plot(smooth, label=f"{variant} ({result['loss']:.3f})")
     axes.set(xlabel="steps from the float32 model", ylabel="training loss, nats per byte")

@@ -83,6 +83,7 @@ def tokens_per_second(model: ByteLM, decode) -> float:
 
 def run_in_fresh_process(folder: Path) -> None:
     """Reload both models, generate eagerly and compiled; write figures.json and logits."""
+    torch.set_num_threads(1)  # a token's products are too small to share
     reference = load_file(folder / "reference.safetensors")
     text = bytes(reference["text"].tolist())
     figures: dict[str, dict] = {}
@@ -137,8 +138,10 @@ def main() -> None:
     onebit = calibrated(model, text)
     losses["calibrated"] = evaluate(onebit, validation, CONFIG.context)
     train_one_bit(onebit, model, text, args.onebit_steps)
-    for name, trained in (("float32", model), ("onebit", onebit)):
-        losses[name] = evaluate(trained, validation, CONFIG.context)
+    models = {"float32": model, "onebit": onebit}
+    losses |= {name: evaluate(m, validation, CONFIG.context) for name, m in models.items()}
+    torch.set_num_threads(1)  # as the fresh process: sums in another order would not be equal
+    for name, trained in models.items():
         reference[name] = generate(trained, check, len(check))[1]
         save_file(trained.state_dict(), args.folder / f"{name}.safetensors")
     save_file(reference, args.folder / "reference.safetensors")
