@@ -50,8 +50,8 @@ inline bool is_value_type(at::ScalarType type) {
 }
 
 inline void check_dense(const char* name, const Tensor& t) {
-  TORCH_CHECK_VALUE(
-      t.layout() == at::kStrided, name, " must be a dense tensor, got layout ", t.layout());
+  TORCH_CHECK_VALUE(t.layout() == at::kStrided, name, " must be a dense tensor, got layout ",
+                    t.layout());
 }
 
 inline void check_values(const char* name, const Tensor& t) {

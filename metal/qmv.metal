@@ -3,7 +3,7 @@
 // x. A lane takes every 32nd word of k, a step of 1024 values: k = 2560 or 5120 stay here, and the
 // last step is a loop bound. Per weight: test the bit, select bias or bias + scale, multiply-add;
 // summing x under the bits instead (scale * sum of set + bias * sum of all) takes as many
-// operations, and its two halves cancel: 2.6 times the error. Held per lane: 32 values of x, 8
+// operations, and its two halves cancel. Held per lane: 32 values of x, 8
 // words, 8 sums, 2 levels; about 60 of the 128 registers that let a GPU core keep its full number
 // of simdgroups. 64 values of x would spill that.
 #include "common.h"

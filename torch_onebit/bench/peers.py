@@ -45,12 +45,16 @@ class Weights:
 
 
 def ours(x: Tensor, w: Weights, isa: str | None = None) -> Callable[[], Tensor]:
-    """Our kernel, with the table ``isa`` if one is named."""
-    table = isa or torch.ops.onebit.cpu_isa()
+    """Our kernel, with the table ``isa`` if one is named, then the table it was before."""
+    if isa is None:
+        return lambda: ops.qmm(x, *w.tensors())
+    before = torch.ops.onebit.cpu_isa()
 
     def call() -> Tensor:
-        torch.ops.onebit.set_cpu_isa(table)
-        return ops.qmm(x, *w.tensors())
+        torch.ops.onebit.set_cpu_isa(isa)
+        y = ops.qmm(x, *w.tensors())
+        torch.ops.onebit.set_cpu_isa(before)
+        return y
 
     return call
 
