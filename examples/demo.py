@@ -95,7 +95,7 @@ def run_in_fresh_process(folder: Path) -> None:
         _, eager_logits = generate(model, text, len(text))
         _, compiled_logits = generate(model, text, len(text), decode=compiled)
         compile_seconds = time.perf_counter() - start
-        sample, _ = generate(model, PROMPT, CONFIG.context, decode=compiled, temperature=0.5)
+        sample, _ = generate(model, PROMPT, CONFIG.context, decode=compiled, temperature=0.8)
         figures[name_of(onebit)] = {
             "reloaded": float((eager_logits - in_memory).abs().max()),
             "compiled": float((compiled_logits - in_memory).abs().max()),
@@ -110,8 +110,8 @@ def run_in_fresh_process(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("out/demo"))
-    parser.add_argument("--steps", type=int, default=700, help="float32 steps")
-    parser.add_argument("--onebit-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=600, help="float32 steps")
+    parser.add_argument("--onebit-steps", type=int, default=280)
     parser.add_argument("--reload", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.reload:
