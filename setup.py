@@ -38,7 +38,14 @@ def shader_header() -> str:
 
 
 def extension() -> CppExtension:
-    compile_args = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    compile_args = [
+        "-O3",
+        "-g0",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",
+    ]
     link_args = []
     files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
     include_dirs = []

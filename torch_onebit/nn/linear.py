@@ -63,10 +63,7 @@ class OneBitLinear(OneBitModule):
 
     def forward(self, x: Tensor) -> Tensor:
         y = ops.qmm(x, self.weight, self.scales, self.biases, self.group_size)
-        bias = self.bias
-        if bias is None:
-            return y
-        return y + (bias if bias.dtype == y.dtype else bias.to(y.dtype))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @classmethod
     def from_linear(
