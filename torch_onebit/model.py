@@ -3,15 +3,13 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
 from torch_onebit.packing import GROUP_SIZES
 from torch_onebit.report import QuantizeReport
-
-FilterFn = Callable[[nn.Module, str], "bool | dict[str, Any]"]
+from torch_onebit.surgery import FilterFn, layer_options, obstacle, places
 
 
 def quantize_(
@@ -88,7 +86,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
         )
     swapped: dict[int, nn.Module] = {}
     weights: dict[int, nn.Parameter] = {}
-    for _, parent, attribute, layer in _places(model, lambda m: isinstance(m, OneBitModule)):
+    for _, parent, attribute, layer in places(model, lambda m: isinstance(m, OneBitModule)):
         if id(layer) not in swapped:
             new = layer.to_linear() if isinstance(layer, OneBitLinear) else layer.to_embedding()
             new.weight = weights.setdefault(id(layer.weight), new.weight)
@@ -109,41 +107,14 @@ def _choose(
     model: nn.Module, defaults: dict[str, Any], filter_fn: FilterFn | None, report: QuantizeReport
 ) -> Iterator[tuple[str, nn.Module, str, nn.Module, dict[str, Any]]]:
     """The places to swap, each with its options; what cannot be swapped goes to the report."""
-    for name, parent, attribute, layer in _places(model, lambda m: type(m) in _CONVERTERS):
-        accepted = filter_fn(layer, name) if filter_fn else True
-        if not isinstance(accepted, dict) and not accepted:
+    for name, parent, attribute, layer in places(model, lambda m: type(m) in _CONVERTERS):
+        options = layer_options(filter_fn, layer, name, defaults)
+        if options is None:
             continue
-        options = {**defaults, **(accepted if isinstance(accepted, dict) else {})}
-        unknown = options.keys() - defaults.keys()
-        if unknown:
-            raise ValueError(
-                f"filter_fn must return options among {sorted(defaults)}, got {sorted(unknown)}"
-            )
         if options["group_size"] not in GROUP_SIZES:
             raise ValueError(f"group_size must be 32, 64 or 128, got {options['group_size']}")
-        obstacle = _obstacle(layer, options["group_size"])
-        if obstacle:
-            report.skip(name, obstacle)
+        reason = obstacle(layer, options["group_size"])
+        if reason:
+            report.skip(name, reason)
         else:
             yield name, parent, attribute, layer, options
-
-
-def _places(
-    model: nn.Module, wanted: Callable[[nn.Module], bool]
-) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """Every attribute that holds a wanted module: (name, parent, attribute, module)."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if name and wanted(module):
-            prefix, _, attribute = name.rpartition(".")
-            yield name, model.get_submodule(prefix), attribute, module
-
-
-def _obstacle(layer: nn.Module, group_size: int) -> str | None:
-    columns = layer.weight.shape[1]
-    if columns % group_size:
-        return f"{columns} columns are not a multiple of group_size {group_size}"
-    if layer.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        return f"weights are {layer.weight.dtype}"
-    if getattr(layer, "max_norm", None) is not None:
-        return "max_norm rewrites rows as they are looked up"
-    return None

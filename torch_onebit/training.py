@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
-from torch_onebit.model import _places
 from torch_onebit.nn import OneBitLinear, OneBitModule
+from torch_onebit.surgery import places
 
 
 class Distillation(nn.Module):
@@ -128,7 +128,7 @@ def add_lora_(
     """
     swapped: dict[int, LoRALinear] = {}
     for name, parent, attribute, layer in list(
-        _places(model, lambda module: isinstance(module, OneBitLinear))
+        places(model, lambda module: isinstance(module, OneBitLinear))
     ):
         if isinstance(parent, LoRALinear) or (filter_fn and not filter_fn(layer, name)):
             continue

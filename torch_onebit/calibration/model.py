@@ -21,8 +21,8 @@ from torch_onebit.calibration.moments import Moments, collect, run
 from torch_onebit.calibration.report import CalibrationReport, CalibrationRow
 from torch_onebit.calibration.solver import Options, damped, quantize_calibrated
 from torch_onebit.methods import check_method, quantize_weight
-from torch_onebit.model import FilterFn, _obstacle, _places
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
+from torch_onebit.surgery import FilterFn, layer_options, obstacle, places
 
 
 def calibrate_(
@@ -207,24 +207,18 @@ def _jobs(
     defaults: dict[str, Any],
     report: CalibrationReport,
 ) -> list[_Job]:
-    places = list(_places(model, lambda module: type(module) in (nn.Linear, nn.Embedding)))
+    found = list(places(model, lambda module: type(module) in (nn.Linear, nn.Embedding)))
     owners: dict[int, set[int]] = {}  # layers by the identity of their weight
-    for _, _, _, layer in places:
+    for _, _, _, layer in found:
         owners.setdefault(id(layer.weight), set()).add(id(layer))
     jobs: dict[int, _Job] = {}
-    for name, parent, attribute, layer in places:
-        accepted = filter_fn(layer, name) if filter_fn else True
-        if not isinstance(accepted, dict) and not accepted:
+    for name, parent, attribute, layer in found:
+        options = layer_options(filter_fn, layer, name, defaults)
+        if options is None:
             continue
-        options = {**defaults, **(accepted if isinstance(accepted, dict) else {})}
-        if options.keys() != defaults.keys():
-            raise ValueError(
-                f"filter_fn must return options among {sorted(defaults)}, "
-                f"got {sorted(options.keys() - defaults.keys())}"
-            )
-        obstacle = _obstacle(layer, options["group_size"])
-        if obstacle:
-            report.skipped.append((name, obstacle))
+        reason = obstacle(layer, options["group_size"])
+        if reason:
+            report.skipped.append((name, reason))
             continue
         shared = len(owners[id(layer.weight)]) > 1
         job = jobs.setdefault(id(layer), _Job(name, layer, options, shared))

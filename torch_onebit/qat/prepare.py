@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from torch_onebit.model import FilterFn, _obstacle, _places
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
 from torch_onebit.qat.layers import (
     FakeQuantize,
@@ -15,6 +14,7 @@ from torch_onebit.qat.layers import (
     QATLinear,
     check_rule,
 )
+from torch_onebit.surgery import FilterFn, layer_options, obstacle, places
 
 _QAT_LAYERS: dict[type, type[LatentModule]] = {
     nn.Linear: QATLinear,
@@ -64,20 +64,14 @@ def prepare_qat_(
     defaults = {"rule": rule, "group_size": group_size, "symmetric": symmetric}
     swapped: dict[int, nn.Module] = {}
     first: dict[int, LatentModule] = {}  # by identity of the weight it was made from
-    for name, parent, attribute, layer in list(_places(model, lambda m: bool(_float_layer(m)))):
-        accepted = filter_fn(layer, name) if filter_fn else True
-        if not isinstance(accepted, dict) and not accepted:
+    for name, parent, attribute, layer in list(places(model, lambda m: bool(_float_layer(m)))):
+        options = layer_options(filter_fn, layer, name, defaults)
+        if options is None:
             continue
         if id(layer) not in swapped:
-            options = {**defaults, **(accepted if isinstance(accepted, dict) else {})}
-            if options.keys() != defaults.keys():
-                raise ValueError(
-                    f"filter_fn must return options among {sorted(defaults)}, "
-                    f"got {sorted(options.keys() - defaults.keys())}"
-                )
             if isinstance(layer, OneBitModule):
                 options["group_size"] = layer.group_size
-            elif _obstacle(layer, options["group_size"]):
+            elif obstacle(layer, options["group_size"]):
                 continue
             check_rule(**options)
             swapped[id(layer)] = new = _prepare(layer, options)
@@ -108,7 +102,7 @@ def convert_(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module
         )
     swapped: dict[int, OneBitModule] = {}
     tied: dict[int, OneBitModule] = {}
-    for _, parent, attribute, layer in list(_places(model, _is_prepared)):
+    for _, parent, attribute, layer in list(places(model, _is_prepared)):
         if id(layer) not in swapped:
             swapped[id(layer)] = new = _convert(layer, dtype)
             if isinstance(layer, LatentModule):
