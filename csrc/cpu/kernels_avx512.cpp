@@ -29,8 +29,8 @@ struct Shapes {
   using Stream = LookupAvx512<8>;
   using Panel = LookupAvx512<4>;
   using Narrow = LookupAvx512<2>;
-  using Stream16 = LookupAvx512Int16;
-  using Panel16 = LookupAvx512Int16;
+  using Stream16 = LookupAvx512Int16<4>;
+  using Panel16 = LookupAvx512Int16<4>;
   static constexpr int kTile = 64;
 };
 

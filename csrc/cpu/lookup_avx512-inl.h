@@ -1,74 +1,70 @@
 // Exact float32 by table lookup: the 32 subset sums of 5 activations sit in two registers, and
 // vpermt2ps looks them up with the 5 weight bits of 16 output rows: 80 multiply-adds for one
-// shuffle and one add, where an FMA does 16. Per word of a row: bits 0-4, 5-9, 10-14 of each 16-bit
-// half. vpmulhuw brings the last two down: a shift would compete with the shuffles for their ports
-// (158 against 172 GMAC/s at 4 rows of x, Zen 4). Bits 15 and 31 of a group's words are collected
-// in one more vector when packing.
+// shuffle and one add, where an FMA does 16. Per 16 columns of a row: bits 0-4, 5-9, 10-14.
+// vpmulhuw brings the last two down and vpmaddwd the upper row of a pair: shifts would compete with
+// the shuffles for their ports (158 against 172 GMAC/s at 4 rows of x, Zen 4). Bits 15 of a group
+// are collected in one more vector.
 #pragma once
 
-#include "avx512-inl.h"
+#include "pairs_avx512-inl.h"
 
 namespace onebit::cpu {
 namespace {
 
 // kVectors * 16 output rows in a tile.
 template <int kVectors_>
-struct LookupAvx512 : Avx512 {
+struct LookupAvx512 : PairsAvx512<kVectors_ / 2> {
+  using Base = PairsAvx512<kVectors_ / 2>;
+  using Avx512::add, Avx512::kLanes, Avx512::set, Avx512::zero;
+  using Base::collect_bits, Base::kPairs, Base::upper_rows;
+  using typename Avx512::Vec;
   static constexpr int kVectors = kVectors_;
   static constexpr int kRows = kVectors * kLanes;
   static constexpr int kMaxM = 4;
 
   // words: 32-column words in a group.
-  static constexpr int index_size(int words) { return (words + 1) * kRows; }
+  static constexpr int index_size(int words) { return words * kRows + kRows / 2; }
   static constexpr int table_size(int words) { return words * 6 * 32 + (words == 4 ? 2 : 1) * 16; }
-
-  // The collected bits of a group, as 4-bit indices in the low and (4 words) the high 16 bits.
-  template <int kWords>
-  static ONEBIT_INLINE __m512i spare_bits(const __m512i* w) {
-    __m512i bits = _mm512_and_si512(_mm512_srli_epi32(w[0], 15), _mm512_set1_epi32(0x00010001));
-    ONEBIT_UNROLL
-    for (int i = 1; i < kWords; ++i) {
-      bits = _mm512_ternarylogic_epi32(_mm512_srli_epi32(w[i], 15 - i),
-                                       _mm512_set1_epi32(0x00010001 << i), bits, 0xea);
-    }
-    if (kWords == 2) bits = _mm512_or_si512(bits, _mm512_srli_epi32(bits, 14));
-    if (kWords == 1) bits = _mm512_or_si512(bits, _mm512_srli_epi32(bits, 15));
-    return bits;
-  }
 
   // Words of kRows rows, `words` of them per row, to index + group * ld.
   template <int kWords>
   static void pack_rows(
       const uint32_t* w, int64_t stride, int rows, int words, uint32_t* index, int64_t ld) {
-    for (int r = 0; r < kVectors; ++r) {
-      const int first_row = r * 16 < rows ? r * 16 : rows - 1;
-      const char* p = reinterpret_cast<const char*>(w + first_row * stride);
-      for (int word = 0; word < words; word += 4) {
-        const int count = words - word < 4 ? words - word : 4;
-        __m512i d[4];
-        transpose_dwords(p + word * 4, stride * 4, rows - 1 - first_row, count * 4, d);
-        ONEBIT_UNROLL
-        for (int i = 0; i < 4; i += kWords) {
-          if (i < count) {
-            uint32_t* out = index + (word + i) / kWords * ld + r * kLanes;
-            ONEBIT_UNROLL
-            for (int j = 0; j < kWords; ++j) _mm512_store_si512(out + j * kRows, d[i + j]);
-            _mm512_store_si512(out + kWords * kRows, spare_bits<kWords>(d + i));
+    Base::for_quads(
+        w, stride, rows, words,
+        [&](int pair, int word, const __m512i(&halves)[8]) __attribute__((always_inline)) {
+          ONEBIT_UNROLL
+          for (int i = 0; i < 4; i += kWords) {
+            if (word + i < words) {
+              put<kWords>(halves + 2 * i, index + (word + i) / kWords * ld + pair * kLanes);
+            }
           }
-        }
-      }
+        });
+  }
+
+  // One group of one pair.
+  template <int kWords>
+  static ONEBIT_INLINE void put(const __m512i* halves, uint32_t* out) {
+    __m512i spare = _mm512_setzero_si512();
+    ONEBIT_UNROLL
+    for (int h = 0; h < 2 * kWords; ++h, out += kPairs * kLanes) {
+      _mm512_store_si512(out, halves[h]);
+      const int bit = 2 * kWords - 1 - h;  // where collect_bits would put it, an operation less
+      spare = _mm512_ternarylogic_epi32(_mm512_srli_epi16(halves[h], 15 - bit),
+                                        _mm512_set1_epi16(int16_t(1 << bit)), spare, 0xea);
     }
+    _mm512_store_si512(out, spare);
   }
 
   // The transpose of qmm_n: kRows columns from `column` on of up to 128 rows as one group of 4
   // words, bit = row. Rows past the end are 0.
   static void pack_columns(
       const uint32_t* w, int64_t stride, int64_t column, int rows, uint32_t* index) {
-    __m512i v[4][kVectors];
+    __m512i v[kVectors][4];
     ONEBIT_UNROLL
     for (int i = 0; i < 4; ++i) {
       ONEBIT_UNROLL
-      for (int r = 0; r < kVectors; ++r) v[i][r] = _mm512_setzero_si512();
+      for (int r = 0; r < kVectors; ++r) v[r][i] = _mm512_setzero_si512();
       const int count = rows - 32 * i < 32 ? rows - 32 * i : 32;
       const auto* p = reinterpret_cast<const uint16_t*>(w + 32 * i * stride) + column / 16;
       __m512i bit = _mm512_set1_epi32(1);
@@ -76,20 +72,23 @@ struct LookupAvx512 : Avx512 {
       for (int j = 0; j < count; ++j, p += 2 * stride) {
         ONEBIT_UNROLL
         for (int r = 0; r < kVectors; ++r) {
-          v[i][r] = _mm512_mask_or_epi32(v[i][r], p[r], v[i][r], bit);
+          v[r][i] = _mm512_mask_or_epi32(v[r][i], p[r], v[r][i], bit);
         }
         bit = _mm512_add_epi32(bit, bit);
       }
     }
     ONEBIT_UNROLL
-    for (int r = 0; r < kVectors; ++r) {
-      __m512i words[4];
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const __m512i* a = v[2 * pair];
+      const __m512i* b = v[2 * pair + 1];
+      __m512i halves[8];
       ONEBIT_UNROLL
       for (int i = 0; i < 4; ++i) {
-        words[i] = v[i][r];
-        _mm512_store_si512(index + i * kRows + r * kLanes, words[i]);
+        constexpr __mmask32 kUpper = 0xaaaaaaaa;
+        halves[2 * i] = _mm512_mask_mov_epi16(a[i], kUpper, _mm512_slli_epi32(b[i], 16));
+        halves[2 * i + 1] = _mm512_mask_mov_epi16(_mm512_srli_epi32(a[i], 16), kUpper, b[i]);
       }
-      _mm512_store_si512(index + 4 * kRows + r * kLanes, spare_bits<4>(words));
+      put<4>(halves, index + pair * kLanes);
     }
   }
 
@@ -115,12 +114,12 @@ struct LookupAvx512 : Avx512 {
     x -= 32 * kWords;
     t = table + kWords * 6 * 32 * kM + m * 16;
     if (kWords == 4) {
-      _mm512_store_ps(t, sums_of_4(x[15], x[47], x[79], x[111]));
-      _mm512_store_ps(t + kM * 16, sums_of_4(x[31], x[63], x[95], x[127]));
+      _mm512_store_ps(t, sums_of_4(x[127], x[111], x[95], x[79]));
+      _mm512_store_ps(t + kM * 16, sums_of_4(x[63], x[47], x[31], x[15]));
     } else if (kWords == 2) {
-      _mm512_store_ps(t, sums_of_4(x[15], x[47], x[31], x[63]));
+      _mm512_store_ps(t, sums_of_4(x[63], x[47], x[31], x[15]));
     } else {
-      _mm512_store_ps(t, sums_of_4(x[15], x[31], 0, 0));
+      _mm512_store_ps(t, sums_of_4(x[31], x[15], 0, 0));
     }
   }
 
@@ -129,8 +128,11 @@ struct LookupAvx512 : Avx512 {
 
   template <int kM>
   static ONEBIT_INLINE void look_up_5(const float* t,
-                                      const __m512i (&index)[kVectors],
+                                      const __m512i (&index)[kPairs],
                                       Vec (&acc)[kM][kVectors]) {
+    __m512i upper[kPairs];
+    ONEBIT_UNROLL
+    for (int p = 0; p < kPairs; ++p) upper[p] = upper_rows(index[p]);
     ONEBIT_UNROLL
     for (int m = 0; m < kM; ++m) {
       Vec low = _mm512_load_ps(t + m * 32), high = _mm512_load_ps(t + m * 32 + 16);
@@ -138,7 +140,8 @@ struct LookupAvx512 : Avx512 {
       keep(high);
       ONEBIT_UNROLL
       for (int r = 0; r < kVectors; ++r) {
-        acc[m][r] = add(acc[m][r], _mm512_permutex2var_ps(low, index[r], high));
+        const __m512i i = r % 2 ? upper[r / 2] : index[r / 2];
+        acc[m][r] = add(acc[m][r], _mm512_permutex2var_ps(low, i, high));
         keep(acc[m][r]);
       }
     }
@@ -146,22 +149,26 @@ struct LookupAvx512 : Avx512 {
 
   template <int kM>
   static ONEBIT_INLINE void look_up_4(const float* t,
-                                      const __m512i (&index)[kVectors],
+                                      const __m512i (&index)[kPairs],
                                       Vec (&acc)[kM][kVectors]) {
+    __m512i upper[kPairs];
+    ONEBIT_UNROLL
+    for (int p = 0; p < kPairs; ++p) upper[p] = upper_rows(index[p]);
     ONEBIT_UNROLL
     for (int m = 0; m < kM; ++m) {
       const Vec sums = _mm512_load_ps(t + m * 16);
       ONEBIT_UNROLL
       for (int r = 0; r < kVectors; ++r) {
-        acc[m][r] = add(acc[m][r], _mm512_permutexvar_ps(index[r], sums));
+        const __m512i i = r % 2 ? upper[r / 2] : index[r / 2];
+        acc[m][r] = add(acc[m][r], _mm512_permutexvar_ps(i, sums));
         keep(acc[m][r]);
       }
     }
   }
 
   // emit(m, r, v): v = the sum of the activations of one group where the row's bit is set, for the
-  // rows of vector r.
-  template <int kM, int kWords, class Emit>
+  // rows of vector r. Without kSpareStored, `index` ends before the collected bits.
+  template <int kM, int kWords, bool kSpareStored = true, class Emit>
   static ONEBIT_INLINE void tile(const uint32_t* index, const float* table, const Emit& emit) {
     Vec acc[kM][kVectors];
     const __m512i by_5 = _mm512_set1_epi16(1 << 11), by_10 = _mm512_set1_epi16(1 << 6);
@@ -170,31 +177,33 @@ struct LookupAvx512 : Avx512 {
       ONEBIT_UNROLL
       for (int r = 0; r < kVectors; ++r) acc[m][r] = zero();
     }
-    __m512i w[kVectors], shifted[kVectors];
-    ONEBIT_NO_UNROLL
-    for (int word = 0; word < kWords; ++word, index += kRows) {
-      ONEBIT_UNROLL
-      for (int r = 0; r < kVectors; ++r) w[r] = _mm512_load_si512(index + r * kLanes);
-      ONEBIT_NO_UNROLL
-      for (int half = 0; half < 2; ++half, table += 3 * 32 * kM) {
-        look_up_5<kM>(table, w, acc);
-        ONEBIT_UNROLL
-        for (int r = 0; r < kVectors; ++r) shifted[r] = _mm512_mulhi_epu16(w[r], by_5);
-        look_up_5<kM>(table + 32 * kM, shifted, acc);
-        ONEBIT_UNROLL
-        for (int r = 0; r < kVectors; ++r) shifted[r] = _mm512_mulhi_epu16(w[r], by_10);
-        look_up_5<kM>(table + 64 * kM, shifted, acc);
-        ONEBIT_UNROLL
-        for (int r = 0; r < kVectors; ++r) w[r] = _mm512_srli_epi32(w[r], 16);
-      }
-    }
+    __m512i w[kPairs], shifted[kPairs], spare[kPairs];
     ONEBIT_UNROLL
-    for (int r = 0; r < kVectors; ++r) w[r] = _mm512_load_si512(index + r * kLanes);
-    look_up_4<kM>(table, w, acc);
+    for (int p = 0; p < kPairs; ++p) spare[p] = _mm512_setzero_si512();
+    ONEBIT_NO_UNROLL
+    for (int half = 0; half < 2 * kWords; ++half, index += kPairs * kLanes, table += 3 * 32 * kM) {
+      ONEBIT_UNROLL
+      for (int p = 0; p < kPairs; ++p) {
+        w[p] = _mm512_loadu_si512(index + p * kLanes);
+        if (!kSpareStored) spare[p] = collect_bits(spare[p], w[p]);
+      }
+      look_up_5<kM>(table, w, acc);
+      ONEBIT_UNROLL
+      for (int p = 0; p < kPairs; ++p) shifted[p] = _mm512_mulhi_epu16(w[p], by_5);
+      look_up_5<kM>(table + 32 * kM, shifted, acc);
+      ONEBIT_UNROLL
+      for (int p = 0; p < kPairs; ++p) shifted[p] = _mm512_mulhi_epu16(w[p], by_10);
+      look_up_5<kM>(table + 64 * kM, shifted, acc);
+    }
+    if (kSpareStored) {
+      ONEBIT_UNROLL
+      for (int p = 0; p < kPairs; ++p) spare[p] = _mm512_load_si512(index + p * kLanes);
+    }
+    look_up_4<kM>(table, spare, acc);
     if (kWords == 4) {
       ONEBIT_UNROLL
-      for (int r = 0; r < kVectors; ++r) w[r] = _mm512_srli_epi32(w[r], 16);
-      look_up_4<kM>(table + 16 * kM, w, acc);
+      for (int p = 0; p < kPairs; ++p) spare[p] = _mm512_srli_epi16(spare[p], 4);
+      look_up_4<kM>(table + 16 * kM, spare, acc);
     }
     ONEBIT_UNROLL
     for (int m = 0; m < kM; ++m) {

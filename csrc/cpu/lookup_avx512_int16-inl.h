@@ -4,16 +4,21 @@
 // the result to bfloat16 costs and more than float16 may lose, so this serves bfloat16 only.
 #pragma once
 
-#include "avx512-inl.h"
+#include "pairs_avx512-inl.h"
 
 namespace onebit::cpu {
 namespace {
 
-// kVectors * 16 = kInts * 32 output rows in a tile.
-struct LookupAvx512Int16 : Avx512 {
-  static constexpr int kInts = 4;
-  static constexpr int kVectors = 2 * kInts;
-  static constexpr int kRows = 32 * kInts;
+// kPairs * 32 output rows in a tile.
+template <int kPairs_>
+struct LookupAvx512Int16 : PairsAvx512<kPairs_> {
+  using Base = PairsAvx512<kPairs_>;
+  using Avx512::add, Avx512::kLanes, Avx512::load, Avx512::mul, Avx512::set, Avx512::sub,
+      Avx512::sum, Avx512::zero;
+  using Base::kPairs;
+  using typename Avx512::Vec;
+  static constexpr int kVectors = 2 * kPairs;
+  static constexpr int kRows = 32 * kPairs;
   static constexpr int kMaxM = 4;
   static constexpr int kHalfTable = 4 * 16;  // of 16 columns, in floats: 64 + 32 + 32 sums of int16
 
@@ -21,46 +26,22 @@ struct LookupAvx512Int16 : Avx512 {
   // The scales of the rows of x come last, 16 floats apart.
   static constexpr int table_size(int words) { return words * 2 * kHalfTable + 16; }
 
-  // Two vectors of dwords as two of words: the low halves of all 32, the high halves.
-  static ONEBIT_INLINE void put_halves(__m512i a, __m512i b, uint32_t* out) {
-    alignas(64) static constexpr auto order = [] {
-      struct {
-        uint16_t even[32], odd[32];
-      } o{};
-      for (int i = 0; i < 32; ++i) {
-        o.even[i] = uint16_t(2 * i);
-        o.odd[i] = uint16_t(2 * i + 1);
-      }
-      return o;
-    }();
-    const __m512i even = _mm512_loadu_si512(order.even), odd = _mm512_loadu_si512(order.odd);
-    _mm512_store_si512(out, _mm512_permutex2var_epi16(a, even, b));
-    _mm512_store_si512(out + kRows / 2, _mm512_permutex2var_epi16(a, odd, b));
-  }
-
   // Words of kRows rows, `words` of them per row, to index + group * ld.
   template <int kWords>
   static void pack_rows(
       const uint32_t* w, int64_t stride, int rows, int words, uint32_t* index, int64_t ld) {
-    for (int r = 0; r < kInts; ++r) {
-      const int row_a = 32 * r < rows ? 32 * r : rows - 1;
-      const int row_b = 32 * r + 16 < rows ? 32 * r + 16 : rows - 1;
-      const char* a = reinterpret_cast<const char*>(w + row_a * stride);
-      const char* b = reinterpret_cast<const char*>(w + row_b * stride);
-      for (int word = 0; word < words; word += 4) {
-        const int count = words - word < 4 ? words - word : 4;
-        __m512i da[4], db[4];
-        transpose_dwords(a + word * 4, stride * 4, rows - 1 - row_a, count * 4, da);
-        transpose_dwords(b + word * 4, stride * 4, rows - 1 - row_b, count * 4, db);
-        ONEBIT_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          if (i < count) {
-            put_halves(da[i], db[i],
-                       index + (word + i) / kWords * ld + (word + i) % kWords * kRows + r * 16);
+    Base::for_quads(
+        w, stride, rows, words,
+        [&](int pair, int word, const __m512i(&halves)[8]) __attribute__((always_inline)) {
+          ONEBIT_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            if (word + i < words) {
+              uint32_t* out = index + (word + i) / kWords * ld + (word + i) % kWords * kRows;
+              _mm512_store_si512(out + pair * kLanes, halves[2 * i]);
+              _mm512_store_si512(out + (kPairs + pair) * kLanes, halves[2 * i + 1]);
+            }
           }
-        }
-      }
-    }
+        });
   }
 
   static ONEBIT_INLINE __m512i sums_of_5(const int16_t* x) {
@@ -113,17 +94,18 @@ struct LookupAvx512Int16 : Avx512 {
   template <int kM, int kWords, class Emit>
   static ONEBIT_INLINE void tile(const uint32_t* index, const float* table, const Emit& emit) {
     const __m512i by_6 = _mm512_set1_epi16(1 << 10), by_11 = _mm512_set1_epi16(1 << 5);
-    __m512i acc[kM][kInts];
+    __m512i acc[kM][kPairs];
     ONEBIT_UNROLL
     for (int m = 0; m < kM; ++m) {
       ONEBIT_UNROLL
-      for (int r = 0; r < kInts; ++r) acc[m][r] = _mm512_setzero_si512();
+      for (int r = 0; r < kPairs; ++r) acc[m][r] = _mm512_setzero_si512();
     }
     ONEBIT_NO_UNROLL
-    for (int half = 0; half < 2 * kWords; ++half, index += kRows / 2, table += kM * kHalfTable) {
-      __m512i w[kInts], shifted[kInts];
+    for (int half = 0; half < 2 * kWords;
+         ++half, index += kPairs * kLanes, table += kM * kHalfTable) {
+      __m512i w[kPairs], shifted[kPairs];
       ONEBIT_UNROLL
-      for (int r = 0; r < kInts; ++r) w[r] = _mm512_load_si512(index + r * 16);
+      for (int r = 0; r < kPairs; ++r) w[r] = _mm512_loadu_si512(index + r * 16);
       ONEBIT_UNROLL
       for (int m = 0; m < kM; ++m) {
         __m512i low = _mm512_load_si512(table + m * kHalfTable);
@@ -131,7 +113,7 @@ struct LookupAvx512Int16 : Avx512 {
         keep(low);
         keep(high);
         ONEBIT_UNROLL
-        for (int r = 0; r < kInts; ++r) {
+        for (int r = 0; r < kPairs; ++r) {
           acc[m][r] = _mm512_add_epi16(acc[m][r], _mm512_permutex2var_epi16(low, w[r], high));
           keep(acc[m][r]);
         }
@@ -139,7 +121,7 @@ struct LookupAvx512Int16 : Avx512 {
       ONEBIT_UNROLL
       for (int part = 0; part < 2; ++part) {
         ONEBIT_UNROLL
-        for (int r = 0; r < kInts; ++r) {
+        for (int r = 0; r < kPairs; ++r) {
           shifted[r] = _mm512_mulhi_epu16(w[r], part ? by_11 : by_6);
         }
         ONEBIT_UNROLL
@@ -147,7 +129,7 @@ struct LookupAvx512Int16 : Avx512 {
           __m512i sums = _mm512_load_si512(table + m * kHalfTable + 32 + 16 * part);
           keep(sums);
           ONEBIT_UNROLL
-          for (int r = 0; r < kInts; ++r) {
+          for (int r = 0; r < kPairs; ++r) {
             acc[m][r] = _mm512_add_epi16(acc[m][r], _mm512_permutexvar_epi16(shifted[r], sums));
             keep(acc[m][r]);
           }
@@ -158,11 +140,10 @@ struct LookupAvx512Int16 : Avx512 {
     for (int m = 0; m < kM; ++m) {
       const Vec scale = set(table[m]);
       ONEBIT_UNROLL
-      for (int r = 0; r < kInts; ++r) {
-        const __m256i low = _mm512_castsi512_si256(acc[m][r]);
-        const __m256i high = _mm512_extracti64x4_epi64(acc[m][r], 1);
-        emit(m, 2 * r, mul(scale, _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(low))));
-        emit(m, 2 * r + 1, mul(scale, _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(high))));
+      for (int r = 0; r < kPairs; ++r) {
+        const __m512i lower = _mm512_madd_epi16(acc[m][r], _mm512_set1_epi32(1));
+        emit(m, 2 * r, mul(scale, _mm512_cvtepi32_ps(lower)));
+        emit(m, 2 * r + 1, mul(scale, _mm512_cvtepi32_ps(Base::upper_rows(acc[m][r]))));
       }
     }
   }
