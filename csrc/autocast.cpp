@@ -24,6 +24,16 @@ struct Autocast {
     return ops::qmm().call(cast(x), packed, scales, biases, group_size, transpose);
   }
 
+  static Tensor qmm_prepacked(const Tensor& x,
+                              const Tensor& packed,
+                              const Tensor& scales,
+                              const OptionalTensor& biases,
+                              const Tensor& prepacked,
+                              int64_t group_size) {
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+    return ops::qmm_prepacked().call(cast(x), packed, scales, biases, prepacked, group_size);
+  }
+
   static Tensor gather_qmm(const Tensor& x,
                            const Tensor& packed,
                            const Tensor& scales,
@@ -40,6 +50,7 @@ struct Autocast {
 
   static void define(torch::Library& m) {
     m.impl("qmm", &qmm);
+    m.impl("qmm_prepacked", &qmm_prepacked);
     m.impl("gather_qmm", &gather_qmm);
   }
 };

@@ -371,6 +371,22 @@ Tensor embedding_autograd(c10::DispatchKeySet keys,
   return w;
 }
 
+// Training uses the weights themselves: what is prepacked serves inference.
+Tensor qmm_prepacked_autograd(c10::DispatchKeySet keys,
+                              const Tensor& x,
+                              const Tensor& packed,
+                              const Tensor& scales,
+                              const OptionalTensor& biases,
+                              const Tensor& prepacked,
+                              int64_t group_size) {
+  if (autograd::compute_requires_grad(x, scales, or_undefined(biases)) ||
+      x._fw_grad(/*level=*/0).defined()) {
+    return ops::qmm().call(x, packed, scales, biases, group_size, true);
+  }
+  return below_autograd(ops::qmm_prepacked(), keys, x, packed, scales, biases, prepacked,
+                        group_size);
+}
+
 // The bits are a step function of w and the levels its extremes: quantize has no useful gradient.
 std::tuple<Tensor, Tensor, Tensor> quantize_autograd(c10::DispatchKeySet keys,
                                                      const Tensor& w,
@@ -384,6 +400,7 @@ TORCH_LIBRARY_IMPL(onebit, Autograd, m) {
   m.impl("quantize", &quantize_autograd);
   m.impl("dequantize", &dequantize_autograd);
   m.impl("qmm", &qmm_autograd);
+  m.impl("qmm_prepacked", &qmm_prepacked_autograd);
   m.impl("gather_qmm", &gather_qmm_autograd);
   m.impl("embedding", &embedding_autograd);
   m.impl("affine_grad", &affine_grad_autograd);

@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "cpu/prepacked.h"
 #include "shape.h"
 
 TORCH_LIBRARY(onebit, m) {
@@ -17,6 +18,15 @@ TORCH_LIBRARY(onebit, m) {
       "gather_qmm(Tensor x, Tensor packed, Tensor scales, Tensor? biases, Tensor? lhs_indices, "
       "Tensor? rhs_indices, int group_size, bool transpose=True, bool sorted_indices=False) -> "
       "Tensor");
+  // An interleaved copy of weights for a few rows of x on the CPU, and the product that uses it
+  // there.
+  m.def("prepack(Tensor packed, Tensor scales, Tensor? biases, int group_size) -> Tensor");
+  m.def(
+      "qmm_prepacked(Tensor x, Tensor packed, Tensor scales, Tensor? biases, Tensor prepacked, "
+      "int group_size) -> Tensor");
+  m.def(
+      "linear(Tensor x, Tensor packed, Tensor scales, Tensor? biases, Tensor? bias, "
+      "Tensor? prepacked, int group_size) -> Tensor");
   m.def(
       "embedding(Tensor indices, Tensor packed, Tensor scales, Tensor? biases, int group_size) -> "
       "Tensor");
@@ -57,6 +67,28 @@ Tensor qmm_meta(const Tensor& x,
                 int64_t group_size,
                 bool transpose) {
   return empty(check_qmm<SymInt>(x, packed, scales, biases, group_size, transpose).y, x,
+               x.scalar_type());
+}
+
+Tensor prepack_meta(const Tensor& packed,
+                    const Tensor& scales,
+                    const OptionalTensor& biases,
+                    int64_t group_size) {
+  using Layout = cpu::PrepackedLayout;
+  check_prepack<SymInt>(packed, scales, biases, group_size);
+  const auto block = Layout::block_size(int(group_size), scales.element_size(), biases.has_value());
+  return at::empty_symint(
+      {Layout::bytes(packed.sym_size(0), packed.sym_size(1) * kWordBits, int(group_size), block)},
+      packed.options().dtype(at::kByte));
+}
+
+Tensor qmm_prepacked_meta(const Tensor& x,
+                          const Tensor& packed,
+                          const Tensor& scales,
+                          const OptionalTensor& biases,
+                          const Tensor& prepacked,
+                          int64_t group_size) {
+  return empty(check_qmm_prepacked<SymInt>(x, packed, scales, biases, prepacked, group_size).y, x,
                x.scalar_type());
 }
 
@@ -101,6 +133,8 @@ TORCH_LIBRARY_IMPL(onebit, Meta, m) {
   m.impl("quantize", &quantize_meta);
   m.impl("dequantize", &dequantize_meta);
   m.impl("qmm", &qmm_meta);
+  m.impl("prepack", &prepack_meta);
+  m.impl("qmm_prepacked", &qmm_prepacked_meta);
   m.impl("gather_qmm", &gather_qmm_meta);
   m.impl("embedding", &embedding_meta);
   m.impl("affine_grad", &affine_grad_meta);

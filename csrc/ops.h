@@ -11,6 +11,8 @@ namespace onebit::ops {
 
 using QmmSignature =
     Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, bool);
+using QmmPrepackedSignature = Tensor(
+    const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, int64_t);
 using GatherQmmSignature = Tensor(const Tensor&,
                                   const Tensor&,
                                   const Tensor&,
@@ -39,6 +41,10 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 
 inline const auto& qmm() {
   static const auto op = find<QmmSignature>("onebit::qmm");
+  return op;
+}
+inline const auto& qmm_prepacked() {
+  static const auto op = find<QmmPrepackedSignature>("onebit::qmm_prepacked");
   return op;
 }
 inline const auto& gather_qmm() {

@@ -313,6 +313,39 @@ QmmShape<Int> check_gather_qmm(const Tensor& x,
   return shape;
 }
 
+// prepack
+// -------------------------------------------------------------------------------------------
+
+template <class Int>
+void check_prepack(const Tensor& packed,
+                   const Tensor& scales,
+                   const OptionalTensor& biases,
+                   int64_t group_size) {
+  check_packed<Int>(packed, group_size, 2);
+  TORCH_CHECK_VALUE(packed.dim() == 2, "packed must have 2 dimensions, got ", packed.dim());
+  check_levels<Int>(scales, biases, packed, group_size);
+  TORCH_CHECK_VALUE(scales.scalar_type() != at::kDouble,
+                    "scales must be float32, float16 or bfloat16 to be prepacked, got ",
+                    scales.scalar_type());
+}
+
+template <class Int>
+QmmShape<Int> check_qmm_prepacked(const Tensor& x,
+                                  const Tensor& packed,
+                                  const Tensor& scales,
+                                  const OptionalTensor& biases,
+                                  const Tensor& prepacked,
+                                  int64_t group_size) {
+  check_prepack<Int>(packed, scales, biases, group_size);
+  check_dense("prepacked", prepacked);
+  TORCH_CHECK_VALUE(
+      prepacked.scalar_type() == at::kByte && prepacked.dim() == 1 && prepacked.is_contiguous(),
+      "prepacked must be a contiguous uint8 vector that prepack made, got ", prepacked.dim(),
+      " dimension(s) of ", prepacked.scalar_type());
+  check_same_device("prepacked", prepacked, packed);
+  return check_qmm<Int>(x, packed, scales, biases, group_size, true);
+}
+
 // affine_grad
 // ---------------------------------------------------------------------------------------
 

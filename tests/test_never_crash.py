@@ -71,6 +71,8 @@ def near_legal(op: str, choose: random.Random) -> dict:
     if op == "embedding":
         rows_named = torch.randint(-1, rows + 1, (batch, 2))
         return {"indices": rows_named, **weights, "group_size": group_size}
+    if op in ("prepack", "qmm_prepacked", "linear"):
+        return near_legal_linear(op, weights, group_size, choose)
     common = {"group_size": group_size, "transpose": transpose}
     if op == "qmm":
         return {"x": x, **weights, **common}
@@ -78,6 +80,22 @@ def near_legal(op: str, choose: random.Random) -> dict:
         return {"x": x, **weights, **indices, **common}
     grad = torch.randn(batch, m, n).to(x.dtype)
     return {"grad": grad, "x": x, "packed": packed, **indices, **common}
+
+
+def near_legal_linear(op: str, weights: dict, group_size: int, choose: random.Random) -> dict:
+    arguments = {**weights, "group_size": group_size}
+    if op == "prepack":
+        return arguments
+    rows, words = weights["packed"].shape[-2:]
+    x = torch.randn(choose.randint(0, 6), words * 32).to(choose.choice(DTYPES[:4]))
+    try:
+        prepacked = torch.ops.onebit.prepack(**arguments)
+    except REFUSALS:
+        prepacked = torch.zeros(choose.choice([0, 1280]), dtype=torch.uint8)
+    if op == "qmm_prepacked":
+        return {"x": x, **arguments, "prepacked": prepacked}
+    bias = choose.choice([None, torch.randn(rows)])
+    return {"x": x, **arguments, "bias": bias, "prepacked": choose.choice([None, prepacked])}
 
 
 def attack(op: str, seed: int, calls: int) -> tuple[int, int]:
@@ -104,12 +122,25 @@ def attack_every_isa(op: str, seed: int, calls: int) -> None:
     """Attack with each CPU kernel table; a line says which one was running if the process dies."""
     for isa in torch.ops.onebit.cpu_isas():
         torch.ops.onebit.set_cpu_isa(isa)
+        if op == "prepack" and not torch.ops.onebit.can_prepack():
+            continue  # refuses everything
         print(isa, end=" ", flush=True)
         print(*attack(op, seed, calls), flush=True)
 
 
 @pytest.mark.parametrize(
-    "op", ["quantize", "dequantize", "embedding", "qmm", "gather_qmm", "affine_grad"]
+    "op",
+    [
+        "quantize",
+        "dequantize",
+        "embedding",
+        "qmm",
+        "gather_qmm",
+        "affine_grad",
+        "prepack",
+        "qmm_prepacked",
+        "linear",
+    ],
 )
 def test_arbitrary_arguments_never_end_the_process(op):
     script = f"import test_never_crash as t; t.attack_every_isa({op!r}, 0, 150)"

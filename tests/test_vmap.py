@@ -27,6 +27,7 @@ def cases() -> dict:
     embed = lambda *a: ops.embedding(*a, 32)
     indices = torch.randint(0, 8, (B, 2))
     grads = lambda g, x, p: ops.affine_grad(g, x, p, None, None, 32)
+    prepacked = torch.ops.onebit.prepack(*one, 32)
     return {
         "qmm over x": (qmm, (x, *one), (0, None, None, None)),
         "qmm over a vector": (qmm, (x[:, 0], *one), (0, None, None, None)),
@@ -37,6 +38,16 @@ def cases() -> dict:
         "qmm over scales": (qmm, (x[0], one[0], many[1], one[2]), (None, None, 0, None)),
         "qmm over x, stacked weights": (qmm, (x, *few), (0, None, None, None)),
         "qmm vector, stacked weights": (qmm, (x[:, 0], *few), (0, None, None, None)),
+        "qmm_prepacked over x": (
+            lambda x: torch.ops.onebit.qmm_prepacked(x, *one, prepacked, 32),
+            (x,),
+            (0,),
+        ),
+        "linear over x and bias": (
+            lambda x, bias: torch.ops.onebit.linear(x, *one, bias, None, 32),
+            (x, torch.randn(B, one[0].shape[0])),
+            (0, 0),
+        ),
         "qmm symmetric": (
             lambda x, p, s: ops.qmm(x, p, s, None, 32),
             (x, many[0], many[1]),

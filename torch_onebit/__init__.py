@@ -20,6 +20,7 @@ from torch_onebit.ops import (  # noqa: E402
     qmm,
     quantize,
 )
+from torch_onebit.prepack import PrepackReport, prepack_  # noqa: E402
 from torch_onebit.qat import QATEmbedding, QATLinear, convert_, prepare_qat_  # noqa: E402
 from torch_onebit.training import (  # noqa: E402
     AveragedModel,
@@ -45,6 +46,7 @@ __all__ = [
     "LoRALinear",
     "OneBitEmbedding",
     "OneBitLinear",
+    "PrepackReport",
     "QATEmbedding",
     "QATLinear",
     "QuantizeReport",
@@ -56,6 +58,7 @@ __all__ = [
     "dequantize_",
     "embedding",
     "gather_qmm",
+    "prepack_",
     "prepare_qat_",
     "qmm",
     "quantize",

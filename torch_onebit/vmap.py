@@ -193,10 +193,24 @@ def _affine_grad(
     return tuple(t.reshape(*packed.shape[:-1], t.shape[-1]) for t in sums), (0, 0)
 
 
+def _qmm_prepacked(
+    info: Any,
+    in_dims: Dims,
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    biases: Tensor | None,
+    prepacked: Tensor,
+    group_size: int,
+) -> tuple[Tensor, int]:
+    return _qmm(info, in_dims, x, packed, scales, biases, group_size)
+
+
 _RULES: dict[str, Callable[..., Any]] = {
     "quantize": _quantize,
     "dequantize": _dequantize,
     "qmm": _qmm,
+    "qmm_prepacked": _qmm_prepacked,
     "gather_qmm": _gather_qmm,
     "embedding": _embedding,
     "affine_grad": _affine_grad,

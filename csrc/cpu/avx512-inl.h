@@ -70,6 +70,12 @@ struct Avx512 {
                  dtype);
   }
 
+  // 16 scales or biases from element `offset` on.
+  static ONEBIT_INLINE Vec load_level(const char* p, DType dtype, int64_t offset) {
+    if (dtype == DType::kFloat) return load(reinterpret_cast<const float*>(p) + offset);
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 2 * offset)), dtype);
+  }
+
   static ONEBIT_INLINE void store_as(void* p, DType dtype, int64_t offset, int64_t count, Vec v) {
     if (dtype == DType::kFloat) {
       _mm512_mask_storeu_ps(static_cast<float*>(p) + offset, first(count), v);

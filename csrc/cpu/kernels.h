@@ -87,6 +87,12 @@ struct Kernels {
   // the compiler from leaving the work out.
   float (*read_floats)(const float* p, int64_t count);
   float (*multiply_adds)(int64_t steps, int64_t* count);
+
+  // The weights in the form of prepacked.h, tiles [begin, end) of rows; the product
+  // (transpose=True) with it, where `w` has its sizes. Null where an instruction set has no such
+  // form; float only.
+  void (*prepack)(const Weights&, char* out, int64_t begin, int64_t end) = nullptr;
+  void (*qmm_prepacked)(const QmmArgs&, const char* prepacked, const Block&) = nullptr;
 };
 
 // The reference, one value at a time; other tables give it what they have no fast form of.

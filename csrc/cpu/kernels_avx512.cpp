@@ -18,6 +18,7 @@ ONEBIT_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 
 #include "lookup_avx512-inl.h"
 #include "lookup_avx512_int16-inl.h"
+#include "prepacked-inl.h"
 #include "table-inl.h"
 
 namespace onebit::cpu {
@@ -34,6 +35,25 @@ struct Shapes {
   static constexpr int kTile = 64;
 };
 
+void qmm_prepacked(const QmmArgs& a, const char* prepacked, const Block& block) {
+  if (is_empty(block)) return;
+  with_words(a.w.group_size, [&](auto words) {
+    constexpr int kWords = decltype(words)::value;
+    if (has_int16_tables(a)) {
+      qmm_prepacked_panels<LookupAvx512Int16<2>, kWords>(a, prepacked, block);
+    } else {
+      qmm_prepacked_panels<Shapes::Panel, kWords>(a, prepacked, block);
+    }
+  });
+}
+
+constexpr Kernels make_kernels(bool (*supported)()) {
+  Kernels k = Table<Shapes>::make("avx512", supported);
+  k.prepack = prepack;
+  k.qmm_prepacked = qmm_prepacked;
+  return k;
+}
+
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -43,7 +63,7 @@ bool supported() {
 }  // namespace
 
 extern const Kernels kAvx512Kernels;
-const Kernels kAvx512Kernels = Table<Shapes>::make("avx512", supported);
+const Kernels kAvx512Kernels = make_kernels(supported);
 
 }  // namespace onebit::cpu
 

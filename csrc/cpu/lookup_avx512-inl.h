@@ -166,6 +166,13 @@ struct LookupAvx512 : PairsAvx512<kVectors_ / 2> {
     }
   }
 
+  template <int kM, int kWords, class Emit>
+  static ONEBIT_INLINE void tile_prepacked(const uint32_t* index,
+                                           const float* table,
+                                           const Emit& emit) {
+    tile<kM, kWords, false>(index, table, emit);
+  }
+
   // emit(m, r, v): v = the sum of the activations of one group where the row's bit is set, for the
   // rows of vector r. Without kSpareStored, `index` ends before the collected bits.
   template <int kM, int kWords, bool kSpareStored = true, class Emit>

@@ -87,6 +87,13 @@ struct LookupAvx512Int16 : PairsAvx512<kPairs_> {
     table[2 * kWords * kHalfTable * kM + m] = finite ? most / kLimit : __builtin_nanf("");
   }
 
+  template <int kM, int kWords, class Emit>
+  static ONEBIT_INLINE void tile_prepacked(const uint32_t* index,
+                                           const float* table,
+                                           const Emit& emit) {
+    tile<kM, kWords>(index, table, emit);
+  }
+
   static ONEBIT_INLINE void keep(__m512i& v) { asm("" : "+v"(v)); }
 
   // emit(m, r, v): v = the sum of the activations of one group where the row's bit is set, for the

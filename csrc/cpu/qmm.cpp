@@ -12,14 +12,11 @@
 #include <vector>
 
 #include "indices.h"
+#include "tasks.h"
 #include "tensors.h"
 
 namespace onebit::cpu {
 namespace {
-
-// Multiply-adds below which a second thread costs more than it saves: fork and join take up to 50
-// us when the other threads sleep, and a fast table does this many in 20.
-constexpr int64_t kMacsPerTask = 1 << 21;
 
 // Output matrix b is x[x_index[b]] . w[w_index[b]].
 struct Batches {
@@ -48,8 +45,6 @@ Batches batches_of(const QmmShape<int64_t>& shape,
   return {batch_index("lhs_indices", lhs_indices, x_matrices, shape.batch),
           batch_index("rhs_indices", rhs_indices, w_matrices, shape.batch)};
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows [m_begin, m_end) of the products with one matrix of weights.
 struct Piece {

@@ -19,6 +19,12 @@ ONEBIT_INLINE bool needs_scalar(const QmmArgs& a) {
   return a.dtype == DType::kDouble || a.w.dtype == DType::kDouble || is_tiny(a);
 }
 
+// Below 128 outputs int16 tables save nothing, and their error does not average out: it can exceed
+// twice that of plain torch.
+ONEBIT_INLINE bool has_int16_tables(const QmmArgs& a) {
+  return a.dtype == DType::kBFloat16 && a.n >= 128;
+}
+
 ONEBIT_INLINE bool is_empty(const Block& b) { return b.m_begin == b.m_end || b.n_begin == b.n_end; }
 
 // f(Int<words>) for the words in a group.
@@ -51,9 +57,7 @@ struct Table {
   static void qmm_t(const QmmArgs& a, const Block& block) {
     if (is_empty(block)) return;
     if (needs_scalar(a)) return kScalarKernels.qmm_t(a, block);
-    // Below one tile of outputs the int16 tables save nothing, and with so few outputs their error
-    // does not average out: it can exceed twice that of plain torch.
-    if (a.dtype == DType::kBFloat16 && a.n >= S::Panel16::kRows) {
+    if (has_int16_tables(a)) {
       qmm_t_with<typename S::Stream16, typename S::Panel16>(a, block);
     } else {
       qmm_t_with<typename S::Stream, typename S::Panel>(a, block);

@@ -14,6 +14,7 @@
 
 #include "../../csrc/cpu/float_types.h"
 #include "../../csrc/cpu/kernels.h"
+#include "../../csrc/cpu/prepacked.h"
 
 namespace {
 
@@ -181,6 +182,29 @@ void test_qmm(const Kernels& table, const Case& c, bool transpose) {
          name_of(table.name, op, c) + ", rows by index");
 }
 
+void test_prepacked(const Kernels& table, const Case& c) {
+  const Problem p(c, true);
+  const Guarded got(c.m * p.n * size_of(c.x)), want(c.m * p.n * size_of(c.x));
+  const auto args = p.args(c, got);
+  const PrepackedLayout layout(p.n, p.k, c.group_size, int(size_of(c.scales)), !c.symmetric);
+  const Guarded copy(layout.bytes());
+  const int64_t middle = layout.tiles / 2, n = middle * PrepackedLayout::kTileRows;
+  table.prepack(args.w, copy.data(), middle, layout.tiles);
+  table.prepack(args.w, copy.data(), 0, middle);
+  kScalarKernels.qmm_t(p.args(c, want), {0, c.m, 0, p.n});
+  std::thread other([&] { table.qmm_prepacked(args, copy.data(), {0, c.m, n, p.n}); });
+  table.qmm_prepacked(args, copy.data(), {0, c.m, 0, n});
+  other.join();
+  const double e = error(got, want, c.x, c.m * p.n);
+  const auto name = name_of(table.name, "qmm_prepacked", c);
+  expect(e <= tolerance(c.x), name + ", error " + std::to_string(e));
+  bool all = true;
+  for (int64_t row = 0; row < p.n; ++row) {
+    for (int64_t g = 0; g < layout.groups; ++g) all &= layout.holds(copy.data(), args.w, row, g);
+  }
+  expect(all, name + ", holds");
+}
+
 void test_affine_grad(const Kernels& table, const Case& c, bool transpose) {
   const Problem p(c, transpose);
   const Guarded grad(c.m * p.n * size_of(c.x));
@@ -270,6 +294,9 @@ int main() {
         test_qmm(table, c, transpose);
         test_affine_grad(table, c, transpose);
       }
+    }
+    for (const Case& c : kCases) {
+      if (table.prepack) test_prepacked(table, c);
     }
     for (const DType dtype : {kF, kH, kB}) {
       for (const int group_size : {32, 64, 128}) test_codec(table, dtype, group_size);

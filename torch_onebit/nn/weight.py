@@ -71,6 +71,8 @@ class OneBitModule(nn.Module):
         self.group_size = group_size
         self.symmetric = symmetric
         self._tie: _Tie | None = None
+        self._prepacked: Tensor | None = None
+        self._prepacked_versions: tuple[int, ...] = ()
         words = torch.empty(rows, columns // WORD_BITS, dtype=torch.int32, device=device)
         self.register_buffer("weight", words)
 
@@ -97,7 +99,45 @@ class OneBitModule(nn.Module):
             *quantize_weight(w, method, self.group_size, symmetric=self.symmetric, **given)
         )
 
+    def prepack(self) -> int:
+        """Make the interleaved copy of the weights that one to four rows of x are multiplied with.
+
+        For inference on the CPU. The state_dict does not hold it; moving, converting, copying or
+        loading the layer drops it. Using it after a change of the weights in place is an error.
+
+        Returns:
+            its bytes.
+        Raises:
+            NotImplementedError: not on the CPU, or kernels that have no such form.
+            ValueError: float64 levels.
+        """
+        levels = (self.scales.detach(), None if self.biases is None else self.biases.detach())
+        self._prepacked = torch.ops.onebit.prepack(self.weight, *levels, self.group_size)
+        self._prepacked_versions = self._versions()
+        return self._prepacked.numel()
+
+    def _versions(self) -> tuple[int, ...]:
+        """How often each tensor was changed in place; tensors of inference mode do not count."""
+        tensors = (self.weight, self.scales, self.biases)
+        return tuple(t._version for t in tensors if t is not None and not t.is_inference())
+
+    def _prepacked_now(self) -> Tensor | None:
+        """The copy, for a forward pass. The operator compares a sample of it with the weights, for
+        compiled graphs; a change of any element shows here."""
+        if torch.compiler.is_exporting():
+            return None  # an exported program has its own copy of the weights
+        if not torch.compiler.is_compiling() and self._versions() != self._prepacked_versions:
+            raise ValueError(
+                "prepacked weights must be made from the weights as they are now (prepack again), "
+                "got weights changed in place since"
+            )
+        return self._prepacked
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepacked": None}
+
     def _set_weight(self, packed: Tensor, scales: Tensor, biases: Tensor | None) -> None:
+        self._prepacked = None
         self.weight = packed
         self.scales = nn.Parameter(scales, requires_grad=False)
         self.biases = None if biases is None else nn.Parameter(biases, requires_grad=False)
@@ -107,6 +147,7 @@ class OneBitModule(nn.Module):
         return ops.dequantize(self.weight, self.scales, self.biases, self.group_size)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OneBitModule":
+        self._prepacked = None
         if self._tie is None:
             return super()._apply(fn, recurse)
         before = {name: getattr(self, name) for name in _TENSORS}
@@ -120,6 +161,7 @@ class OneBitModule(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        self._prepacked = None
         # MLX stores the words as uint32: the same bits, viewed. The caller's dict stays as it was.
         key = prefix + "weight"
         stored = state_dict.get(key)
@@ -144,6 +186,7 @@ def tie(first: OneBitModule, second: OneBitModule) -> None:
             f"second must have symmetric={first.symmetric}, got symmetric={second.symmetric}"
         )
     first._tie = second._tie = first._tie or _Tie()
+    second._prepacked = None
     for name in _TENSORS:
         setattr(second, name, getattr(first, name))
 
