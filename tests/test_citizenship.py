@@ -80,11 +80,11 @@ def test_fx_traces_the_module(net, indices):
     traced = torch.fx.symbolic_trace(net)
     assert torch.equal(traced(indices), net(indices))
     names = [node.name for node in traced.graph.nodes]
-    assert [name for name in names if name.startswith(("qmm", "embedding"))] == [
+    assert [name for name in names if name.startswith(("linear", "embedding"))] == [
         "embedding",
-        "qmm",
-        "qmm_1",
-        "qmm_2",
+        "linear",
+        "linear_1",
+        "linear_2",
     ]
 
 

@@ -17,6 +17,8 @@ from torch_onebit.ops import (  # noqa: E402
     dequantize,
     embedding,
     gather_qmm,
+    linear,
+    prepack,
     qmm,
     quantize,
 )
@@ -58,6 +60,8 @@ __all__ = [
     "dequantize_",
     "embedding",
     "gather_qmm",
+    "linear",
+    "prepack",
     "prepack_",
     "prepare_qat_",
     "qmm",

@@ -8,7 +8,19 @@ The format: bit ``b`` of a weight in group ``g`` stands for ``scales[g] * b + bi
 import torch
 from torch import Tensor
 
-__all__ = ["affine_grad", "dequantize", "embedding", "gather_qmm", "qmm", "quantize"]
+__all__ = [
+    "affine_grad",
+    "dequantize",
+    "embedding",
+    "gather_qmm",
+    "linear",
+    "prepack",
+    "qmm",
+    "quantize",
+]
+
+# linear without the call of a Python function, for modules.
+linear_op = torch.ops.onebit.linear
 
 
 def quantize(w: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,6 +85,50 @@ def qmm(
         ValueError: an argument that the format does not allow; the message names it and its value.
     """
     return torch.ops.onebit.qmm(x, packed, scales, biases, group_size, transpose)
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    biases: Tensor | None = None,
+    bias: Tensor | None = None,
+    group_size: int = 128,
+    *,
+    prepacked: Tensor | None = None,
+) -> Tensor:
+    """``y = x @ w.T + bias``: what ``OneBitLinear`` computes.
+
+    Args:
+        x, packed, scales, biases, group_size: as in ``qmm``.
+        bias: ``[n]``, any floating dtype; it is added in the dtype of x.
+        prepacked: what ``prepack`` made of these weights. On the CPU, up to four rows of x are
+            multiplied with it; with more rows, on other devices, and where something requires grad,
+            the weights themselves are used.
+    Returns:
+        ``[..., n]`` in the dtype of x.
+    Raises:
+        ValueError: an argument that the format does not allow, or prepacked from other weights (a
+            sample is compared); the message names it and its value.
+    """
+    return linear_op(x, packed, scales, biases, bias, prepacked, group_size)
+
+
+def prepack(
+    packed: Tensor, scales: Tensor, biases: Tensor | None = None, group_size: int = 128
+) -> Tensor:
+    """The interleaved copy of a matrix of weights that ``linear`` can use on the CPU.
+
+    Args:
+        packed: ``[n, k // 32]``, int32 or uint32.
+        scales, biases: ``[n, k // group_size]``, float32, float16 or bfloat16.
+    Returns:
+        uint8 vector; its layout may change from version to version: never store it.
+    Raises:
+        ValueError: an argument that the format does not allow; the message names it and its value.
+        NotImplementedError: not on the CPU, or kernels without such a form (all but avx512).
+    """
+    return torch.ops.onebit.prepack(packed, scales, biases, group_size)
 
 
 def gather_qmm(

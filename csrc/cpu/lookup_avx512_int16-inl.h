@@ -1,7 +1,7 @@
 // Activations of 16 bits by int16 tables: 32 output rows in a register, 6 or 5 weight bits a
 // lookup, twice the rate of the float32 tables. x is scaled per group so that no subset sum
 // overflows: a relative error of 1.6e-4 (group 32) to 6e-4 (group 128), a third of what rounding
-// the result to bfloat16 costs and more than float16 may lose, so this serves bfloat16 only.
+// the result to bfloat16 costs; `has_int16_tables` says where it may be used.
 #pragma once
 
 #include "pairs_avx512-inl.h"

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_onebit.nn.weight import OneBitModule, uniform_std
-
-# Looked up once: two attributes of torch.ops cost 0.2 us a call.
-_linear = torch.ops.onebit.linear
+from torch_onebit.ops import linear_op
 
 
 class OneBitLinear(OneBitModule):
@@ -67,12 +65,12 @@ class OneBitLinear(OneBitModule):
         prepacked = self._prepacked
         if prepacked is not None:
             prepacked = self._prepacked_now()
-        return _linear(
+        return linear_op(
             x, self.weight, self.scales, self.biases, self.bias, prepacked, self.group_size
         )
 
     @classmethod
-    def from_linear(
+    def fromlinear_op(
         cls,
         linear: nn.Linear,
         *,
@@ -103,7 +101,7 @@ class OneBitLinear(OneBitModule):
         layer.bias = linear.bias
         return layer.train(linear.training)
 
-    def to_linear(self) -> nn.Linear:
+    def tolinear_op(self) -> nn.Linear:
         """An ``nn.Linear`` of the dequantized weights; ``bias`` is taken over, not copied."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(self.dequantize().detach())

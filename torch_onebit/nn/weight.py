@@ -112,7 +112,7 @@ class OneBitModule(nn.Module):
             ValueError: float64 levels.
         """
         levels = (self.scales.detach(), None if self.biases is None else self.biases.detach())
-        self._prepacked = torch.ops.onebit.prepack(self.weight, *levels, self.group_size)
+        self._prepacked = ops.prepack(self.weight, *levels, self.group_size)
         self._prepacked_versions = self._versions()
         return self._prepacked.numel()
 
