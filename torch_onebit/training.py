@@ -1,4 +1,4 @@
-"""Helpers for training: distillation, frozen bits with trainable levels, LoRA, safe averaging."""
+"""Helpers for training: distillation, frozen bits with trainable levels, LoRA."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import swa_utils
 
 from torch_onebit.nn import OneBitLinear, OneBitModule
 from torch_onebit.surgery import places
@@ -136,19 +135,3 @@ def add_lora_(
             swapped[id(layer)] = LoRALinear(layer, rank=rank, alpha=alpha)
         setattr(parent, attribute, swapped[id(layer)])
     return model
-
-
-class AveragedModel(swa_utils.AveragedModel):
-    """``torch.optim.swa_utils.AveragedModel`` that never averages packed weights.
-
-    With ``use_buffers=True`` PyTorch averages every buffer, int32 ones as numbers: packed words
-    would turn into noise. Here floating buffers are averaged and all others copied.
-    """
-
-    def update_parameters(self, model: nn.Module) -> None:
-        """Average the parameters (and floating buffers) of model into this one."""
-        super().update_parameters(model)
-        with torch.no_grad():
-            for averaged, source in zip(self.module.buffers(), model.buffers(), strict=True):
-                if not averaged.is_floating_point():
-                    averaged.copy_(source)
