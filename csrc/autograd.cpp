@@ -11,34 +11,14 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
-#include <torch/library.h>
 
 #include <tuple>
 
+#include "autograd.h"
 #include "ops.h"
 
 namespace onebit {
 namespace {
-
-namespace autograd = torch::autograd;
-using autograd::SavedVariable;
-using autograd::variable_list;
-
-// torch 2.13 counts references to a node in the node itself, older versions beside it.
-#if __has_include(<torch/csrc/autograd/node.h>)
-template <class N>
-c10::intrusive_ptr<N> make_node() {
-  return c10::make_intrusive<N>();
-}
-#else
-template <class N>
-std::shared_ptr<N> make_node() {
-  return std::shared_ptr<N>(new N(), autograd::deleteNode);
-}
-#endif
 
 Tensor or_undefined(const OptionalTensor& t) { return t.value_or(Tensor()); }
 OptionalTensor or_none(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
@@ -232,18 +212,13 @@ struct DequantizeBackward : autograd::TraceableFunction {
   }
 };
 
-// Forward mode. PyTorch has one level of it here; torch.func nests by wrapping tensors.
-constexpr int64_t kLevel = 0;
-
-Tensor primal(const Tensor& t) { return t._fw_primal(kLevel); }
+Tensor primal(const Tensor& t) { return t._fw_primal(kForwardLevel); }
 OptionalTensor primal(const OptionalTensor& t) {
   return t ? OptionalTensor(primal(*t)) : std::nullopt;
 }
-Tensor tangent(const Tensor& t) { return t._fw_grad(kLevel); }
-bool has_tangent(const Tensor& t) { return t._fw_grad(kLevel).defined(); }
-bool has_tangent(const OptionalTensor& t) { return t && has_tangent(*t); }
+Tensor tangent(const Tensor& t) { return t._fw_grad(kForwardLevel); }
 void set_tangent(const Tensor& t, const Tensor& value) {
-  t._set_fw_grad(value, kLevel, /*is_inplace_op=*/false);
+  t._set_fw_grad(value, kForwardLevel, /*is_inplace_op=*/false);
 }
 Tensor plus(const Tensor& sum, const Tensor& term) { return sum.defined() ? sum + term : term; }
 
@@ -273,12 +248,6 @@ void forward_product(const Tensor& y,
     sum = plus(sum, product.forward(primal(x), levels.scales, levels.biases));
   }
   if (sum.defined()) set_tangent(y, sum);
-}
-
-template <class Op, class... Args>
-auto below_autograd(const Op& op, c10::DispatchKeySet keys, Args&&... args) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.redispatch(keys & c10::after_autograd_keyset, std::forward<Args>(args)...);
 }
 
 // Records a product y that was computed from x, scales and biases.
