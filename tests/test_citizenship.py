@@ -1,6 +1,7 @@
 """OneBitLinear inside the rest of PyTorch: transforms, tracing, export, profiling, subclasses."""
 
 import copy
+import timeit
 import warnings
 
 import pytest
@@ -10,7 +11,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 
-from torch_onebit import OneBitEmbedding, OneBitLinear, quantize_
+from torch_onebit import (
+    OneBitEmbedding,
+    OneBitLinear,
+    add_lora_,
+    convert_,
+    prepare_qat_,
+    quantize_,
+    thaw_levels_,
+)
 
 ops = torch.ops.onebit
 
@@ -137,6 +146,20 @@ def test_inference_mode_and_no_grad(net, indices):
     assert expected.requires_grad
 
 
+def test_a_call_that_needs_no_gradient_pays_half_a_microsecond():
+    """What the autograd layer adds: the least time with it, less that of tensors made without."""
+    make = lambda: (torch.randn(1, 32), *make_weights(1, 32, group_size=32), 32)
+    with torch.inference_mode():
+        below = make()
+    least = {}
+    for _ in range(30):
+        for name, arguments in (("with", make()), ("without", below)):
+            with torch.inference_mode(name == "without"):
+                seconds = min(timeit.repeat(lambda a=arguments: ops.qmm(*a), number=200, repeat=5))
+            least[name] = min(least.get(name, 1), seconds / 200)
+    assert least["with"] - least["without"] <= 0.5e-6
+
+
 def test_deterministic_mode_repeats_itself(net, indices):
     torch.use_deterministic_algorithms(True)
     try:
@@ -190,7 +213,27 @@ def test_meta_device_init_then_to_empty(indices):
     assert torch.isfinite(net(indices)).all()
 
 
-def test_exported_model_saves_loads_and_agrees(net, indices, tmp_path):
+def trained(**options) -> nn.Module:
+    """QAT, converted: what training hands to deployment."""
+    model = prepare_qat_(Net(), group_size=64, **options)
+    model(torch.randint(0, 40, (3, 5))).square().sum().backward()
+    torch.optim.SGD(model.parameters(), lr=1e-2).step()
+    return convert_(model)
+
+
+EXPORTED = {
+    "quantized": lambda: quantize_(Net(), group_size=64),
+    "levels train": lambda: thaw_levels_(quantize_(Net(), group_size=64)),
+    "trained": lambda: trained(),
+    "trained, learnable": lambda: trained(rule="learnable"),
+    "trained, symmetric": lambda: trained(rule="sign", symmetric=True),
+    "LoRA": lambda: add_lora_(quantize_(Net(), group_size=64)),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_exported_model_saves_loads_and_agrees(name, indices, tmp_path):
+    net = EXPORTED[name]()
     batch = torch.export.Dim("batch", min=1, max=32)
     exported = torch.export.export(net, (indices,), dynamic_shapes={"indices": {0: batch}})
     torch.export.save(exported, tmp_path / "net.pt2")
