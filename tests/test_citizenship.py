@@ -241,12 +241,3 @@ def test_exported_model_saves_loads_and_agrees(name, indices, tmp_path):
     for rows in (3, 1, 9):
         indices = torch.randint(0, 40, (rows, 5))
         torch.testing.assert_close(loaded(indices), net(indices))
-
-
-def test_aotinductor_package_runs_from_python(net, indices, tmp_path):
-    with torch.no_grad():
-        exported = torch.export.export(net.eval(), (indices,))
-        path = str(tmp_path / "net.pt2")
-        torch._inductor.aoti_compile_and_package(exported, package_path=path)
-        loaded = torch._inductor.aoti_load_package(path)
-        torch.testing.assert_close(loaded(indices), net(indices))
