@@ -172,7 +172,7 @@ def test_latent_weights_are_averaged():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: add_lora_(packed_model(), rank=0), "rank must be at least 1, got 0"),
+        (lambda: add_lora_(packed_model(), rank=0), "rank must be an integer of at least 1, got 0"),
         (lambda: Distillation(nn.Linear(2, 2), weight=2.0), "weight must be .* got 2.0"),
         (lambda: Distillation(nn.Linear(2, 2), temperature=0), "temperature must be .* got 0"),
     ],

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_onebit import ops
+from torch_onebit.checks import check_kind
 from torch_onebit.nn.weight import OneBitModule, uniform_std
 
 
@@ -25,7 +26,7 @@ class OneBitLinear(OneBitModule):
         ValueError: a group size or a k that the format does not allow.
     """
 
-    columns_name = "in_features"
+    rows_name, columns_name = "out_features", "in_features"
 
     def __init__(
         self,
@@ -85,6 +86,7 @@ class OneBitLinear(OneBitModule):
             ValueError: a group size or an ``in_features`` that the format does not allow, or a
                 method that does not exist or lacks what it needs.
         """
+        check_kind("linear", linear, nn.Linear, "an nn.Linear")
         layer = cls(
             linear.in_features,
             linear.out_features,
