@@ -193,12 +193,19 @@ def test_scales_can_be_parametrized(net, indices):
     assert (net.up.scales > 0).all()
 
 
-@pytest.mark.parametrize("device_type", ["cpu", "cuda", "mps"])
-def test_autocast_has_a_rule_for_every_device(device_type):
-    """Fake tensors stand for the devices this machine lacks."""
-    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS"}[device_type]
-    for op in ("qmm", "gather_qmm"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"onebit::{op}", key)
+@pytest.mark.parametrize("key", ["AutocastCPU", "AutocastMPS", "AutocastCUDA", "AutocastXPU"])
+@pytest.mark.parametrize("op", ["qmm", "gather_qmm"])
+def test_autocast_has_a_rule_for_every_device(op, key):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"onebit::{op}", key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_decides_the_dtype_of_products(device, dtype):
+    layer = OneBitLinear(64, 8, group_size=64, device=device)
+    with torch.autocast(device, dtype):
+        assert layer(torch.randn(2, 64, device=device)).dtype == dtype
+        with torch.autocast(device, enabled=False):
+            assert layer(torch.randn(2, 64, device=device)).dtype == torch.float32
 
 
 def test_meta_device_init_then_to_empty(indices):
