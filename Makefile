@@ -57,14 +57,14 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.mm' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.mm' 'examples/*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
 	git ls-files 'metal/*.metal' 'metal/*.h' | xargs -r -I{} sh -c \
 	  '$(BIN)/clang-format --assume-filename=x.cpp < {} | cmp -s - {} || { echo "not formatted: {}"; exit 1; }'
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.mm' | xargs $(BIN)/clang-format -i
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.mm' 'examples/*.cpp' | xargs $(BIN)/clang-format -i
 	for f in $$(git ls-files 'metal/*.metal' 'metal/*.h'); do \
 	  $(BIN)/clang-format --assume-filename=x.cpp < $$f > $$f.new && mv $$f.new $$f; done
 

@@ -12,7 +12,7 @@ except ImportError as error:
     raise SystemExit(
         "torch_onebit is compiled against the torch you will run it with, and no torch was found.\n"
         "Install torch first, then build in the same environment:\n"
-        "    pip install torch\n"
+        "    pip install torch ninja 'setuptools>=77'\n"
         "    pip install --no-build-isolation .\n"
     ) from error
 

@@ -1,60 +1,27 @@
 // Gradients of the operators, formulae in docs/format.md. Written as the nodes PyTorch generates
 // for its own operators, not with torch::autograd::Function: half the call overhead when nothing
 // requires grad, and torch.func can go through them. Every backward is made of differentiable
-// operators of this library, so gradients of gradients are exact too.
+// operators of this library, so gradients of gradients are exact too. Forward mode is simpler: an
+// operator is linear in each floating input, so its tangent is a sum of the same operator.
 #include <ATen/ExpandUtils.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/index_add.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/ones.h>
-
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
-#include <torch/library.h>
 
 #include <tuple>
 
+#include "autograd.h"
 #include "ops.h"
 
 namespace onebit {
 namespace {
 
-namespace autograd = torch::autograd;
-using autograd::SavedVariable;
-using autograd::variable_list;
-
-// torch 2.13 counts references to a node in the node itself, older versions beside it.
-#if __has_include(<torch/csrc/autograd/node.h>)
-template <class N>
-c10::intrusive_ptr<N> make_node() {
-  return c10::make_intrusive<N>();
-}
-#else
-template <class N>
-std::shared_ptr<N> make_node() {
-  return std::shared_ptr<N>(new N(), autograd::deleteNode);
-}
-#endif
-
 Tensor or_undefined(const OptionalTensor& t) { return t.value_or(Tensor()); }
 OptionalTensor or_none(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-
-void refuse_forward_mode(const char* op, const Tensor& t) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !t.defined() || !t._fw_grad(/*level=*/0).defined(), "onebit::", op,
-      " must be differentiated in reverse mode, got a forward-mode tangent");
-}
-void refuse_forward_mode(const char* op, const OptionalTensor& t) {
-  if (t) refuse_forward_mode(op, *t);
-}
-template <class... Inputs>
-void refuse_forward_modes(const char* op, const Inputs&... inputs) {
-  (refuse_forward_mode(op, inputs), ...);
-}
 
 // A product, qmm or gather_qmm, as its backward needs it: which weights, which indices.
 struct Product {
@@ -245,10 +212,42 @@ struct DequantizeBackward : autograd::TraceableFunction {
   }
 };
 
-template <class Op, class... Args>
-auto below_autograd(const Op& op, c10::DispatchKeySet keys, Args&&... args) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.redispatch(keys & c10::after_autograd_keyset, std::forward<Args>(args)...);
+Tensor primal(const Tensor& t) { return t._fw_primal(kForwardLevel); }
+OptionalTensor primal(const OptionalTensor& t) {
+  return t ? OptionalTensor(primal(*t)) : std::nullopt;
+}
+Tensor tangent(const Tensor& t) { return t._fw_grad(kForwardLevel); }
+void set_tangent(const Tensor& t, const Tensor& value) {
+  t._set_fw_grad(value, kForwardLevel, /*is_inplace_op=*/false);
+}
+Tensor plus(const Tensor& sum, const Tensor& term) { return sum.defined() ? sum + term : term; }
+
+// Tangents of scales and biases, either of which may have none.
+struct LevelTangents {
+  Tensor scales;
+  OptionalTensor biases;
+
+  LevelTangents(const Tensor& s, const OptionalTensor& b) {
+    const auto or_zeros = [](const Tensor& t) {
+      return has_tangent(t) ? tangent(t) : at::zeros_like(primal(t));
+    };
+    scales = or_zeros(s);
+    if (b) biases = or_zeros(*b);
+  }
+};
+
+void forward_product(const Tensor& y,
+                     const Tensor& x,
+                     const Tensor& scales,
+                     const OptionalTensor& biases,
+                     const Product& product) {
+  Tensor sum;
+  if (has_tangent(x)) sum = product.forward(tangent(x), primal(scales), primal(biases));
+  if (has_tangent(scales) || has_tangent(biases)) {
+    const LevelTangents levels(scales, biases);
+    sum = plus(sum, product.forward(primal(x), levels.scales, levels.biases));
+  }
+  if (sum.defined()) set_tangent(y, sum);
 }
 
 // Records a product y that was computed from x, scales and biases.
@@ -270,6 +269,22 @@ void record_product(Tensor& y,
   autograd::set_history(y, node);
 }
 
+// A product y that was computed below autograd, with what either mode needs of it.
+template <class Describe>
+Tensor differentiable(Tensor y,
+                      const Tensor& x,
+                      const Tensor& scales,
+                      const OptionalTensor& biases,
+                      const Describe& product) {
+  if (autograd::compute_requires_grad(x, scales, or_undefined(biases))) {
+    record_product(y, x, scales, biases, product());
+  }
+  if (has_tangent(x) || has_tangent(scales) || has_tangent(biases)) {
+    forward_product(y, x, scales, biases, product());
+  }
+  return y;
+}
+
 Tensor qmm_autograd(c10::DispatchKeySet keys,
                     const Tensor& x,
                     const Tensor& packed,
@@ -277,13 +292,10 @@ Tensor qmm_autograd(c10::DispatchKeySet keys,
                     const OptionalTensor& biases,
                     int64_t group_size,
                     bool transpose) {
-  refuse_forward_modes("qmm", x, scales, biases);
-  auto y = below_autograd(ops::qmm(), keys, x, packed, scales, biases, group_size, transpose);
-  if (autograd::compute_requires_grad(x, scales, or_undefined(biases))) {
-    record_product(y, x, scales, biases,
-                   {packed, std::nullopt, std::nullopt, group_size, transpose});
-  }
-  return y;
+  const auto y = below_autograd(ops::qmm(), keys, x, packed, scales, biases, group_size, transpose);
+  return differentiable(y, x, scales, biases, [&] {
+    return Product{packed, std::nullopt, std::nullopt, group_size, transpose};
+  });
 }
 
 Tensor gather_qmm_autograd(c10::DispatchKeySet keys,
@@ -296,13 +308,11 @@ Tensor gather_qmm_autograd(c10::DispatchKeySet keys,
                            int64_t group_size,
                            bool transpose,
                            bool sorted_indices) {
-  refuse_forward_modes("gather_qmm", x, scales, biases);
-  auto y = below_autograd(ops::gather_qmm(), keys, x, packed, scales, biases, lhs_indices,
-                          rhs_indices, group_size, transpose, sorted_indices);
-  if (autograd::compute_requires_grad(x, scales, or_undefined(biases))) {
-    record_product(y, x, scales, biases, {packed, lhs_indices, rhs_indices, group_size, transpose});
-  }
-  return y;
+  const auto y = below_autograd(ops::gather_qmm(), keys, x, packed, scales, biases, lhs_indices,
+                                rhs_indices, group_size, transpose, sorted_indices);
+  return differentiable(y, x, scales, biases, [&] {
+    return Product{packed, lhs_indices, rhs_indices, group_size, transpose};
+  });
 }
 
 std::tuple<Tensor, Tensor> affine_grad_autograd(c10::DispatchKeySet keys,
@@ -313,7 +323,6 @@ std::tuple<Tensor, Tensor> affine_grad_autograd(c10::DispatchKeySet keys,
                                                 const OptionalTensor& rhs_indices,
                                                 int64_t group_size,
                                                 bool transpose) {
-  refuse_forward_modes("affine_grad", grad, x);
   auto result = below_autograd(ops::affine_grad(), keys, grad, x, packed, lhs_indices, rhs_indices,
                                group_size, transpose);
   if (autograd::compute_requires_grad(grad, x)) {
@@ -324,6 +333,19 @@ std::tuple<Tensor, Tensor> affine_grad_autograd(c10::DispatchKeySet keys,
     node->product.save({packed, lhs_indices, rhs_indices, group_size, transpose});
     autograd::set_history(std::get<0>(result), node);
     autograd::set_history(std::get<1>(result), node);
+  }
+  if (has_tangent(grad) || has_tangent(x)) {
+    const Product product{packed, lhs_indices, rhs_indices, group_size, transpose};
+    Tensor scales, biases;
+    const auto add = [&](const Tensor& grad_, const Tensor& x_) {
+      const auto [of_scales, of_biases] = product.grad_levels(grad_, x_);
+      scales = plus(scales, of_scales);
+      biases = plus(biases, of_biases);
+    };
+    if (has_tangent(grad)) add(tangent(grad), primal(x));
+    if (has_tangent(x)) add(primal(grad), tangent(x));
+    set_tangent(std::get<0>(result), scales);
+    set_tangent(std::get<1>(result), biases);
   }
   return result;
 }
@@ -349,10 +371,13 @@ Tensor dequantize_autograd(c10::DispatchKeySet keys,
                            const Tensor& scales,
                            const OptionalTensor& biases,
                            int64_t group_size) {
-  refuse_forward_modes("dequantize", scales, biases);
   auto w = below_autograd(ops::dequantize(), keys, packed, scales, biases, group_size);
   if (autograd::compute_requires_grad(scales, or_undefined(biases))) {
     record_dequantize(w, packed, scales, biases, Tensor(), group_size);
+  }
+  if (has_tangent(scales) || has_tangent(biases)) {
+    const LevelTangents levels(scales, biases);
+    set_tangent(w, ops::dequantize().call(packed, levels.scales, levels.biases, group_size));
   }
   return w;
 }
@@ -363,10 +388,14 @@ Tensor embedding_autograd(c10::DispatchKeySet keys,
                           const Tensor& scales,
                           const OptionalTensor& biases,
                           int64_t group_size) {
-  refuse_forward_modes("embedding", scales, biases);
   auto w = below_autograd(ops::embedding(), keys, indices, packed, scales, biases, group_size);
   if (autograd::compute_requires_grad(scales, or_undefined(biases))) {
     record_dequantize(w, packed, scales, biases, indices, group_size);
+  }
+  if (has_tangent(scales) || has_tangent(biases)) {
+    const LevelTangents levels(scales, biases);
+    set_tangent(w,
+                ops::embedding().call(indices, packed, levels.scales, levels.biases, group_size));
   }
   return w;
 }
@@ -380,7 +409,7 @@ Tensor qmm_prepacked_autograd(c10::DispatchKeySet keys,
                               const Tensor& prepacked,
                               int64_t group_size) {
   if (autograd::compute_requires_grad(x, scales, or_undefined(biases)) ||
-      x._fw_grad(/*level=*/0).defined()) {
+      has_tangent(x) || has_tangent(scales) || has_tangent(biases)) {
     return ops::qmm().call(x, packed, scales, biases, group_size, true);
   }
   return below_autograd(ops::qmm_prepacked(), keys, x, packed, scales, biases, prepacked,

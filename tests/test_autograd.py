@@ -104,10 +104,20 @@ def test_gradients_are_exact(name, isa):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_forward_mode_is_exact(name):
+    op, arguments = calls()[name]
+    bind, inputs = split(arguments)
+    assert gradcheck(
+        bind(op), inputs, check_forward_ad=True, check_backward_ad=False, fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_gradients_are_exact(name):
     op, arguments = calls()[name]
     bind, inputs = split(arguments)
-    assert gradgradcheck(bind(op), inputs)
+    # Fast: along random directions. The whole Jacobian of gather_qmm takes a minute.
+    assert gradgradcheck(bind(op), inputs, check_fwd_over_rev=True, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "quantize"])
@@ -141,14 +151,26 @@ def test_packed_and_quantize_have_no_gradient():
     assert not any(t.requires_grad for t in (packed, scales, biases))
 
 
-def test_forward_mode_is_refused():
-    packed, scales, biases = make_weights(4, 64, group_size=64)
-    with pytest.raises(NotImplementedError, match="reverse mode"):
-        torch.func.jvp(
-            lambda x: ops.qmm(x, packed, scales, biases, 64),
-            (torch.randn(2, 64),),
-            (torch.ones(2, 64),),
-        )
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_one_tangent_is_enough(symmetric):
+    """The other inputs have none; biases that are absent follow scales."""
+    packed, scales, biases = make_weights(4, 64, group_size=64, symmetric=symmetric)
+    x, d = torch.randn(2, 64), torch.randn(4, 1)
+    y, dy = torch.func.jvp(lambda s: ops.qmm(x, packed, s, biases, 64), (scales,), (d,))
+    zero = None if symmetric else torch.zeros(4, 1)
+    assert torch.equal(y, ops.qmm(x, packed, scales, biases, 64))
+    assert torch.equal(dy, ops.qmm(x, packed, d, zero, 64))
+
+
+def test_hessian_is_the_same_in_every_order_of_modes():
+    packed, scales, biases = make_weights(4, 64, group_size=64, dtype=torch.float64)
+    x = torch.randn(2, 64, dtype=torch.float64)
+    f = lambda s: torch.tanh(ops.qmm(x, packed, s, biases, 64)).sum()
+    modes = (torch.func.jacfwd, torch.func.jacrev)
+    hessians = [outer(inner(f))(scales) for outer in modes for inner in modes]
+    assert hessians[0].abs().max() > 0
+    for hessian in hessians[1:]:
+        torch.testing.assert_close(hessian, hessians[0])
 
 
 def test_changing_a_saved_scale_in_place_is_caught():

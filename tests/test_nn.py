@@ -226,7 +226,10 @@ ERRORS = [
     (lambda: OneBitLinear(100, 8), "in_features must be a multiple of group_size 128, got 100"),
     (lambda: OneBitLinear(128, 8, group_size=96), "group_size must be 32, 64 or 128, got 96"),
     (lambda: OneBitEmbedding(8, 80, group_size=64), "embedding_dim must be a multiple"),
-    (lambda: OneBitEmbedding(8, 64, 8, group_size=64), "padding_idx must be within the 8 rows"),
+    (
+        lambda: OneBitEmbedding(8, 64, 8, group_size=64),
+        "padding_idx must be an integer within the 8 rows",
+    ),
     (
         lambda: OneBitEmbedding.from_embedding(nn.Embedding(4, 128, max_norm=1.0)),
         "embedding must have no max_norm, got 1.0",

@@ -1,6 +1,7 @@
 """Quantization-aware training: the layers, prepare_qat_, convert_, and the ways people train."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -249,11 +250,56 @@ def test_changing_weights_between_forward_and_backward_is_refused():
         y.backward()
 
 
-def test_second_derivatives_are_refused():
-    layer, x = QATLinear(nn.Linear(64, 8), group_size=32), torch.randn(2, 64, requires_grad=True)
-    grad = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+def functional(kind: str, rule: str):
+    """(a loss of the parameters and an input, the parameters, an input) of one QAT layer."""
+    if kind == "linear":
+        layer, x = QATLinear(nn.Linear(64, 8), rule=rule, group_size=32), torch.randn(3, 64)
+    else:
+        layer, x = QATEmbedding(nn.Embedding(9, 64), rule=rule, group_size=32), torch.arange(3)
+    loss = lambda p, x: torch.func.functional_call(layer, p, (x,)).square().sum()
+    return loss, dict(layer.named_parameters()), x
+
+
+@pytest.mark.parametrize("rule", ["mean", "learnable"])
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_functional_transforms_go_through_the_layers(kind, rule):
+    loss, parameters, x = functional(kind, rule)
+    loss(parameters, x).backward()
+    expected = {name: p.grad for name, p in parameters.items()}
+    torch.testing.assert_close(torch.func.grad(loss)(parameters, x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a loop would announce itself
+        each = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x.unsqueeze(1))
+    for name, gradients in each.items():
+        torch.testing.assert_close(gradients.sum(0), expected[name])
+
+
+REFUSED = {
+    ("linear", "mean"): ("implement the jvp", "once_differentiable"),
+    ("linear", "learnable"): ("implement the jvp", "once_differentiable"),
+    ("embedding", "mean"): (
+        "onebit::fake_quantize must .* reverse mode",
+        "onebit::fake_quantize_backward",
+    ),
+    ("embedding", "learnable"): (
+        "onebit::fake_quantize_affine must .* reverse mode",
+        "onebit::fake_quantize_affine_backward",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind, rule", REFUSED)
+def test_forward_mode_and_second_derivatives_are_refused(kind, rule):
+    forward, second = REFUSED[kind, rule]
+    loss, parameters, x = functional(kind, rule)
+    call = lambda p: loss(p, x)
+    detached = {name: p.detach() for name, p in parameters.items()}
+    with pytest.raises(NotImplementedError, match=forward):
+        torch.func.jvp(call, (detached,), (detached,))
+    leaves = list(parameters.values())
+    first = torch.autograd.grad(call(parameters), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=second):
+        sum(g.square().sum() for g in first).backward()
 
 
 def test_fully_sharded_training_matches(tmp_path):

@@ -1,12 +1,13 @@
 """Training beside frozen bits: levels, LoRA, distillation, averaging, and their memory."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim import swa_utils
 
 from torch_onebit import (
     AveragedModel,
@@ -114,24 +115,52 @@ def test_distillation_owns_no_parameters():
     assert not list(Distillation(nn.Linear(2, 2)).parameters())
 
 
+AVERAGES = {
+    "swa": {},
+    "swa, one by one": {"avg_fn": swa_utils.get_swa_avg_fn()},
+    "ema": {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(0.5)},
+    "ema, one by one": {"avg_fn": swa_utils.get_ema_avg_fn(0.5)},
+}
+
+
 @pytest.mark.parametrize("use_buffers", [False, True])
-def test_packed_words_are_never_averaged(use_buffers):
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("cls", [AveragedModel, swa_utils.AveragedModel], ids=["ours", "torch's"])
+def test_packed_words_are_never_averaged(cls, average, use_buffers):
     model = nn.Sequential(OneBitLinear(64, 64, group_size=32), nn.BatchNorm1d(64))
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=use_buffers)
+    averaged = cls(model, use_buffers=use_buffers, **AVERAGES[average])
     for _ in range(3):
         model(torch.randn(8, 64))
         with torch.no_grad():
             model[0].scales.add_(1.0)
-        average.update_parameters(model)
-    assert torch.equal(average.module[0].weight, model[0].weight)
-    assert not torch.equal(average.module[0].scales, model[0].scales)
-    same = torch.equal(average.module[1].running_mean, model[1].running_mean)
+        averaged.update_parameters(model)
+    assert torch.equal(averaged.module[0].weight, model[0].weight)
+    assert not torch.equal(averaged.module[0].scales, model[0].scales)
+    same = torch.equal(averaged.module[1].running_mean, model[1].running_mean)
     assert same != use_buffers
+
+
+def test_averaged_model_survives_copies_and_leaves_other_models_alone():
+    averaged = swa_utils.AveragedModel(packed_model(), use_buffers=True)
+    for copied in (copy.deepcopy(averaged), pickle.loads(pickle.dumps(averaged))):
+        for _ in range(3):
+            copied.update_parameters(averaged.module)
+        assert torch.equal(copied.module[0].weight, averaged.module[0].weight)
+    assert type(swa_utils.AveragedModel(nn.Linear(2, 2))) is swa_utils.AveragedModel
+
+
+def test_another_class_that_averages_is_refused():
+    class Mine(swa_utils.AveragedModel):
+        pass
+
+    Mine(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"must derive from torch_onebit.AveragedModel, got Mine"):
+        Mine(packed_model())
 
 
 def test_latent_weights_are_averaged():
     model = prepare_qat_(nn.Sequential(nn.Linear(64, 8)), group_size=32)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    average = AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.5))
     average.update_parameters(model)
     first = copy.deepcopy(model[0].weight)
     with torch.no_grad():
@@ -143,7 +172,7 @@ def test_latent_weights_are_averaged():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: add_lora_(packed_model(), rank=0), "rank must be at least 1, got 0"),
+        (lambda: add_lora_(packed_model(), rank=0), "rank must be an integer of at least 1, got 0"),
         (lambda: Distillation(nn.Linear(2, 2), weight=2.0), "weight must be .* got 2.0"),
         (lambda: Distillation(nn.Linear(2, 2), temperature=0), "temperature must be .* got 0"),
     ],

@@ -28,6 +28,9 @@ def cases() -> dict:
     indices = torch.randint(0, 8, (B, 2))
     grads = lambda g, x, p: ops.affine_grad(g, x, p, None, None, 32)
     prepacked = torch.ops.onebit.prepack(*one, 32)
+    w, levels = torch.randn(B, 8, 64), (torch.rand(B, 8, 2) + 0.5, torch.randn(B, 8, 2))
+    levels_of = lambda w, importance: ops.quantize_levels(w, "optimal", 32, importance)
+    affine = lambda *a: ops.fake_quantize_affine(*a, 32)
     return {
         "qmm over x": (qmm, (x, *one), (0, None, None, None)),
         "qmm over a vector": (qmm, (x[:, 0], *one), (0, None, None, None)),
@@ -84,6 +87,27 @@ def cases() -> dict:
         "affine_grad gather": (
             lambda g, x, lhs, rhs: ops.affine_grad(g, x, few[0], lhs, rhs, 32),
             (torch.randn(B, 6, 2, 8), x3, lhs, rhs),
+            (0, 0, 0, 0),
+        ),
+        "quantize_levels": (lambda w: ops.quantize_levels(w, "mean", 32), (w,), (0,)),
+        "quantize_levels, columns": (levels_of, (w, torch.rand(64)), (0, None)),
+        "quantize_levels over columns": (levels_of, (w, torch.rand(B, 64)), (0, 0)),
+        "quantize_levels over weights": (levels_of, (w[0], torch.rand(B, 8, 64)), (None, 0)),
+        "fake_quantize": (lambda w: ops.fake_quantize(w, "mean", 32), (w,), (0,)),
+        "fake_quantize_backward": (
+            lambda g, w: ops.fake_quantize_backward(g, w, "mean", 32),
+            (torch.randn(B, 8, 64), w[0]),
+            (0, None),
+        ),
+        "fake_quantize_affine": (affine, (w, *levels), (0, 0, 0)),
+        "fake_quantize_affine over scales": (
+            affine,
+            (w[0], levels[0], levels[1][0]),
+            (None, 0, None),
+        ),
+        "fake_quantize_affine_backward": (
+            lambda *a: ops.fake_quantize_affine_backward(*a, 32),
+            (torch.randn(B, 8, 64), w, *levels),
             (0, 0, 0, 0),
         ),
     }

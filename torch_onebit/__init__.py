@@ -6,7 +6,8 @@ from torch_onebit._load import load
 
 load()
 
-from torch_onebit import level_composite, vmap  # noqa: E402
+from torch_onebit import averaging, level_composite, vmap  # noqa: E402
+from torch_onebit.averaging import AveragedModel  # noqa: E402
 from torch_onebit.calibration.model import calibrate_  # noqa: E402
 from torch_onebit.calibration.solver import Options as CalibrationOptions  # noqa: E402
 from torch_onebit.methods import METHODS, quantize_weight  # noqa: E402
@@ -25,7 +26,6 @@ from torch_onebit.ops import (  # noqa: E402
 from torch_onebit.prepack import PrepackReport, prepack_  # noqa: E402
 from torch_onebit.qat import QATEmbedding, QATLinear, convert_, prepare_qat_  # noqa: E402
 from torch_onebit.training import (  # noqa: E402
-    AveragedModel,
     Distillation,
     LoRALinear,
     add_lora_,
@@ -34,6 +34,7 @@ from torch_onebit.training import (  # noqa: E402
 
 vmap.register()
 level_composite.register()
+averaging.register()
 
 try:
     __version__ = version("torch_onebit")

@@ -87,32 +87,3 @@ def fake_quantize_affine_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of ``fake_quantize_affine`` for (scales, biases); that of w is grad itself."""
     return torch.ops.onebit.fake_quantize_affine_backward(grad, w, scales, biases, group_size)
-
-
-def _save_inputs(ctx, inputs, keyword_only_inputs, output) -> None:
-    w, ctx.rule, ctx.group_size = inputs
-    ctx.save_for_backward(w)
-
-
-def _fake_quantize_grad(ctx, grad: Tensor):
-    (w,) = ctx.saved_tensors
-    return fake_quantize_backward(grad, w, ctx.rule, ctx.group_size), None, None
-
-
-def _save_affine_inputs(ctx, inputs, keyword_only_inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.group_size = inputs[3]
-
-
-def _fake_quantize_affine_grad(ctx, grad: Tensor):
-    w, scales, biases = ctx.saved_tensors
-    levels = fake_quantize_affine_backward(grad, w, scales, biases, ctx.group_size)
-    return grad.to(w.dtype), *levels, None
-
-
-torch.library.register_autograd(
-    "onebit::fake_quantize", _fake_quantize_grad, setup_context=_save_inputs
-)
-torch.library.register_autograd(
-    "onebit::fake_quantize_affine", _fake_quantize_affine_grad, setup_context=_save_affine_inputs
-)

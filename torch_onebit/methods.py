@@ -20,15 +20,13 @@ METHODS = ("minmax", "sign", "mean", "optimal", "calibrated")
 SYMMETRIC_METHODS = ("sign", "optimal", "calibrated")
 
 
-def check_method(method: str, symmetric: bool) -> None:
-    """Raise ValueError when there is no such method, or none for the symmetric form."""
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method}")
-    if symmetric and method not in SYMMETRIC_METHODS:
-        raise ValueError(
-            f"method must be one of {', '.join(SYMMETRIC_METHODS)} for symmetric weights, "
-            f"got {method}"
-        )
+def check_method(method: str, symmetric: bool, *, data: bool = True) -> None:
+    """Raise ValueError when there is no such method: for the symmetric form, or without data."""
+    methods = SYMMETRIC_METHODS if symmetric else METHODS
+    methods = [m for m in methods if data or m != "calibrated"]
+    if method not in methods:
+        form = " for symmetric weights" if symmetric else ""
+        raise ValueError(f"method must be one of {', '.join(methods)}{form}, got {method}")
 
 
 @torch.no_grad()
@@ -69,6 +67,9 @@ def quantize_weight(
         if importance is not None:
             raise ValueError("importance must be None for method minmax, got a tensor")
         return ops.quantize(w, group_size)
+    if importance is not None and not importance.is_meta and not (importance >= 0).all():
+        worst = importance.min().item()  # NaN when there is one
+        raise ValueError(f"importance must not be negative or NaN, got {worst}")
     # The best levels of the form ± a are those of the sign rule.
     rule = "sign" if symmetric else method
     packed, scales, biases = quantize_levels(w, rule, group_size, importance)

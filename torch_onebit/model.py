@@ -6,8 +6,9 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from torch_onebit.checks import check_group_size
+from torch_onebit.methods import check_method
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
-from torch_onebit.packing import GROUP_SIZES
 from torch_onebit.report import QuantizeReport
 from torch_onebit.surgery import FilterFn, layer_options, obstacle, places
 
@@ -111,8 +112,8 @@ def _choose(
         options = layer_options(filter_fn, layer, name, defaults)
         if options is None:
             continue
-        if options["group_size"] not in GROUP_SIZES:
-            raise ValueError(f"group_size must be 32, 64 or 128, got {options['group_size']}")
+        check_group_size(options["group_size"])
+        check_method(options["method"], options["symmetric"], data=False)
         reason = obstacle(layer, options["group_size"])
         if reason:
             report.skip(name, reason)

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 WORD_BITS = 32
-GROUP_SIZES = (32, 64, 128)
 
 
 def pack_bits(bits: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
+
+from torch_onebit.checks import LEVEL_DTYPES, check_callable, check_model
 
 FilterFn = Callable[[nn.Module, str], "bool | dict[str, Any]"]
 
@@ -17,6 +18,8 @@ def layer_options(
     Raises:
         ValueError: filter_fn returned an option that defaults does not know.
     """
+    if filter_fn is not None:
+        check_callable("filter_fn", filter_fn)
     accepted = filter_fn(layer, name) if filter_fn else True
     if not isinstance(accepted, dict):
         return dict(defaults) if accepted else None
@@ -32,6 +35,7 @@ def places(
     model: nn.Module, wanted: Callable[[nn.Module], bool]
 ) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
     """Every attribute that holds a wanted module: (name, parent, attribute, module)."""
+    check_model(model)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if name and wanted(module):
             prefix, _, attribute = name.rpartition(".")
@@ -43,7 +47,7 @@ def obstacle(layer: nn.Module, group_size: int) -> str | None:
     columns = layer.weight.shape[1]
     if columns % group_size:
         return f"{columns} columns are not a multiple of group_size {group_size}"
-    if layer.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+    if layer.weight.dtype not in LEVEL_DTYPES:
         return f"weights are {layer.weight.dtype}"
     if getattr(layer, "max_norm", None) is not None:
         return "max_norm rewrites rows as they are looked up"

@@ -1,4 +1,4 @@
-"""Helpers for training: distillation, frozen bits with trainable levels, LoRA, safe averaging."""
+"""Helpers for training: distillation, frozen bits with trainable levels, LoRA."""
 
 import math
 from collections.abc import Callable
@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import swa_utils
 
+from torch_onebit.checks import check_callable, check_count, check_kind, check_model
 from torch_onebit.nn import OneBitLinear, OneBitModule
-from torch_onebit.surgery import places
+from torch_onebit.surgery import FilterFn, layer_options, places
 
 
 class Distillation(nn.Module):
@@ -31,10 +31,11 @@ class Distillation(nn.Module):
         self, teacher: Callable[..., Tensor], *, weight: float = 0.5, temperature: float = 1.0
     ) -> None:
         super().__init__()
+        check_callable("teacher", teacher)
         if not 0 <= weight <= 1:
             raise ValueError(f"weight must be between 0 and 1, got {weight}")
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
         if isinstance(teacher, nn.Module):
             teacher.eval()
         self._teacher = [teacher]  # in a list: not a submodule, nothing of it is trained or saved
@@ -60,6 +61,11 @@ def distillation_loss(
     logits: Tensor, teacher: Tensor, targets: Tensor, *, weight: float, temperature: float = 1.0
 ) -> Tensor:
     """The loss of ``Distillation`` from logits of both models, ``[..., classes]``, in nats."""
+    if teacher.shape != logits.shape:
+        raise ValueError(
+            f"teacher must give logits {list(logits.shape)} as the student, "
+            f"got {list(teacher.shape)}"
+        )
     student, teacher, targets = logits.flatten(0, -2), teacher.flatten(0, -2), targets.flatten()
     kept = targets != -100
     hard = F.cross_entropy(student.float(), targets)
@@ -75,6 +81,7 @@ def thaw_levels_(model: nn.Module, requires_grad: bool = True) -> nn.Module:
 
     Their gradients are exact and computed from packed weights. Returns model.
     """
+    check_model(model)
     for module in model.modules():
         if isinstance(module, OneBitModule):
             for levels in (module.scales, module.biases):
@@ -89,15 +96,15 @@ class LoRALinear(nn.Module):
     Args:
         base: a packed layer; its bits stay as they are.
         rank: r of A ``[r, k]`` and B ``[n, r]``; B starts at zero, so nothing changes at first.
-        alpha: ``scaling = alpha / rank``.
+        alpha: ``scaling = alpha / rank``; ``rank`` without it.
     Raises:
-        ValueError: a rank below 1.
+        ValueError: a rank below 1, an alpha that is no finite number, or another kind of layer.
     """
 
     def __init__(self, base: OneBitLinear, *, rank: int = 8, alpha: float | None = None) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank}")
+        check_kind("base", base, OneBitLinear, "a OneBitLinear")
+        _check_lora(rank, alpha)
         self.base = base
         self.scaling = (rank if alpha is None else alpha) / rank
         like = {"device": base.scales.device, "dtype": base.scales.dtype}
@@ -115,40 +122,46 @@ class LoRALinear(nn.Module):
         return f"rank={len(self.lora_a)}, scaling={self.scaling:g}"
 
 
+def _check_lora(rank: int, alpha: float | None) -> None:
+    check_count("rank", rank, 1)
+    if alpha is not None and not (isinstance(alpha, int | float) and math.isfinite(alpha)):
+        raise ValueError(f"alpha must be a finite number, got {alpha!r}")
+
+
 def add_lora_(
     model: nn.Module,
     *,
     rank: int = 8,
     alpha: float | None = None,
-    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    filter_fn: FilterFn | None = None,
 ) -> nn.Module:
     """Put a trainable low-rank product beside every OneBitLinear the filter accepts, in place.
 
-    Returns model. Raises ValueError for a rank below 1.
+    Args:
+        model: the model; not itself a OneBitLinear.
+        rank, alpha: as in ``LoRALinear``.
+        filter_fn: ``filter_fn(module, name)`` is false to leave the layer, true to take it, or a
+            dict of ``rank`` and ``alpha`` for this layer.
+    Returns:
+        model.
+    Raises:
+        ValueError: a rank or alpha that is not allowed, or a model that is itself a layer (use
+            ``LoRALinear``).
     """
+    if isinstance(model, OneBitLinear):
+        raise ValueError(
+            "model must contain the layers to swap, got OneBitLinear itself: use LoRALinear"
+        )
+    defaults = {"rank": rank, "alpha": alpha}
+    chosen = []  # all decided before any is swapped
+    for name, parent, attribute, layer in places(model, lambda m: isinstance(m, OneBitLinear)):
+        options = layer_options(filter_fn, layer, name, defaults)
+        if options is not None and not isinstance(parent, LoRALinear):
+            _check_lora(**options)
+            chosen.append((parent, attribute, layer, options))
     swapped: dict[int, LoRALinear] = {}
-    for name, parent, attribute, layer in list(
-        places(model, lambda module: isinstance(module, OneBitLinear))
-    ):
-        if isinstance(parent, LoRALinear) or (filter_fn and not filter_fn(layer, name)):
-            continue
+    for parent, attribute, layer, options in chosen:
         if id(layer) not in swapped:
-            swapped[id(layer)] = LoRALinear(layer, rank=rank, alpha=alpha)
+            swapped[id(layer)] = LoRALinear(layer, **options)
         setattr(parent, attribute, swapped[id(layer)])
     return model
-
-
-class AveragedModel(swa_utils.AveragedModel):
-    """``torch.optim.swa_utils.AveragedModel`` that never averages packed weights.
-
-    With ``use_buffers=True`` PyTorch averages every buffer, int32 ones as numbers: packed words
-    would turn into noise. Here floating buffers are averaged and all others copied.
-    """
-
-    def update_parameters(self, model: nn.Module) -> None:
-        """Average the parameters (and floating buffers) of model into this one."""
-        super().update_parameters(model)
-        with torch.no_grad():
-            for averaged, source in zip(self.module.buffers(), model.buffers(), strict=True):
-                if not averaged.is_floating_point():
-                    averaged.copy_(source)

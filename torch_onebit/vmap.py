@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_onebit import ops
+from torch_onebit import level_ops, ops
 
 Dims = tuple[int | None, ...]
 
@@ -206,6 +206,35 @@ def _qmm_prepacked(
     return _qmm(info, in_dims, x, packed, scales, biases, group_size)
 
 
+def _quantize_levels(
+    info: Any,
+    in_dims: Dims,
+    w: Tensor,
+    rule: str,
+    group_size: int,
+    importance: Tensor | None = None,
+) -> tuple[Any, Any]:
+    if importance is None:
+        return level_ops.quantize_levels(_front(w, in_dims[0]), rule, group_size), (0, 0, 0)
+    if in_dims[3] is None and importance.dim() == 1:  # one per column, of every w
+        w = _front(w, in_dims[0])
+    else:
+        w, importance = _stack_all(info.batch_size, [w, importance], [in_dims[0], in_dims[3]])
+        importance = _pad(importance, True, w.dim() - 1).expand(w.shape)
+    return level_ops.quantize_levels(w, rule, group_size, importance), (0, 0, 0)
+
+
+def _rowwise(op: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+    """The rule of an operator whose rows are independent and whose first arguments are tensors."""
+
+    def rule(info: Any, in_dims: Dims, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        stacked = _stack_all(info.batch_size, list(args[:tensors]), list(in_dims[:tensors]))
+        result = op(*stacked, *args[tensors:], **kwargs)
+        return result, (0,) * len(result) if isinstance(result, tuple) else 0
+
+    return rule
+
+
 _RULES: dict[str, Callable[..., Any]] = {
     "quantize": _quantize,
     "dequantize": _dequantize,
@@ -214,4 +243,9 @@ _RULES: dict[str, Callable[..., Any]] = {
     "gather_qmm": _gather_qmm,
     "embedding": _embedding,
     "affine_grad": _affine_grad,
+    "quantize_levels": _quantize_levels,
+    "fake_quantize": _rowwise(level_ops.fake_quantize, 1),
+    "fake_quantize_backward": _rowwise(level_ops.fake_quantize_backward, 2),
+    "fake_quantize_affine": _rowwise(level_ops.fake_quantize_affine, 3),
+    "fake_quantize_affine_backward": _rowwise(level_ops.fake_quantize_affine_backward, 4),
 }

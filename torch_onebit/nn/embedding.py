@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_onebit import ops
+from torch_onebit.checks import check_kind
 from torch_onebit.nn.weight import OneBitModule
 from torch_onebit.ops import linear_op
 
@@ -23,7 +24,7 @@ class OneBitEmbedding(OneBitModule):
         IndexError: (forward) an index outside the rows.
     """
 
-    columns_name = "embedding_dim"
+    rows_name, columns_name = "num_embeddings", "embedding_dim"
 
     def __init__(
         self,
@@ -47,9 +48,12 @@ class OneBitEmbedding(OneBitModule):
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         if padding_idx is not None:
-            if not -num_embeddings <= padding_idx < num_embeddings:
+            if type(padding_idx) is not int or not (
+                -num_embeddings <= padding_idx < num_embeddings
+            ):
                 raise ValueError(
-                    f"padding_idx must be within the {num_embeddings} rows, got {padding_idx}"
+                    f"padding_idx must be an integer within the {num_embeddings} rows, "
+                    f"got {padding_idx!r}"
                 )
             padding_idx %= num_embeddings
         self.padding_idx = padding_idx
@@ -95,6 +99,7 @@ class OneBitEmbedding(OneBitModule):
                 that does not exist, or an embedding with ``max_norm``, which rewrites rows as they
                 are looked up.
         """
+        check_kind("embedding", embedding, nn.Embedding, "an nn.Embedding")
         if embedding.max_norm is not None:
             raise ValueError(f"embedding must have no max_norm, got {embedding.max_norm}")
         layer = cls(

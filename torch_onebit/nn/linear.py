@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from torch_onebit.checks import check_kind
 from torch_onebit.nn.weight import OneBitModule, uniform_std
 from torch_onebit.ops import linear_op
 
@@ -25,7 +26,7 @@ class OneBitLinear(OneBitModule):
         ValueError: a group size or a k that the format does not allow.
     """
 
-    columns_name = "in_features"
+    rows_name, columns_name = "out_features", "in_features"
 
     def __init__(
         self,
@@ -89,6 +90,7 @@ class OneBitLinear(OneBitModule):
             ValueError: a group size or an ``in_features`` that the format does not allow, or a
                 method that does not exist or lacks what it needs.
         """
+        check_kind("linear", linear, nn.Linear, "an nn.Linear")
         layer = cls(
             linear.in_features,
             linear.out_features,

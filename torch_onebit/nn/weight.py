@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from torch_onebit import ops
+from torch_onebit.checks import check_count, check_group_size, check_level_dtype
 from torch_onebit.methods import quantize_weight
-from torch_onebit.packing import GROUP_SIZES, WORD_BITS
+from torch_onebit.packing import WORD_BITS
 
 
 class _Tie:
@@ -62,8 +63,10 @@ class OneBitModule(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if group_size not in GROUP_SIZES:
-            raise ValueError(f"group_size must be 32, 64 or 128, got {group_size}")
+        check_group_size(group_size)
+        check_level_dtype(dtype)
+        check_count(self.rows_name, rows)
+        check_count(self.columns_name, columns)
         if columns % group_size:
             raise ValueError(
                 f"{self.columns_name} must be a multiple of group_size {group_size}, got {columns}"
@@ -83,7 +86,7 @@ class OneBitModule(nn.Module):
         self.scales = levels()
         self.register_parameter("biases", None if symmetric else levels())
 
-    columns_name = "columns"
+    rows_name, columns_name = "rows", "columns"
 
     def _reset_weight(self, std: float) -> None:
         """Random bits with levels ``±std``."""
@@ -158,16 +161,19 @@ class OneBitModule(nn.Module):
                 setattr(self, name, self._tie.follow(name, old, new))
         return self
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._prepacked = None
         # MLX stores the words as uint32: the same bits, viewed. The caller's dict stays as it was.
         key = prefix + "weight"
         stored = state_dict.get(key)
         if isinstance(stored, Tensor) and stored.dtype == torch.uint32:
             state_dict = {**state_dict, key: stored.view(torch.int32)}
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        elif isinstance(stored, Tensor) and stored.dtype != torch.int32:
+            # Copying would convert: float32 keeps 24 of the 32 bits.
+            error_msgs: list[str] = args[-1]
+            error_msgs.append(f"{key} must be int32 or uint32, got {stored.dtype}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def tie(first: OneBitModule, second: OneBitModule) -> None:

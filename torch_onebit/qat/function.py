@@ -19,6 +19,8 @@ from torch_onebit.level_ops import (
 class _LatentLinear(torch.autograd.Function):
     """``y = x @ fake_quantize(w).T + bias`` for x ``[m, k]``; scales and biases are free levels."""
 
+    generate_vmap_rule = True  # and no jvp: torch.compile takes no function that has one
+
     @staticmethod
     def forward(x, w, scales, biases, bias, rule, group_size):
         return F.linear(x, _binary(x, w, scales, biases, rule, group_size), bias)

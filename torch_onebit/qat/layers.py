@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_onebit import ops
+from torch_onebit.checks import check_group_size, check_kind
 from torch_onebit.level_ops import (
     RULES,
     fake_quantize,
@@ -12,7 +13,7 @@ from torch_onebit.level_ops import (
     quantize_levels,
 )
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule
-from torch_onebit.packing import GROUP_SIZES, pack_bits
+from torch_onebit.packing import pack_bits
 from torch_onebit.qat.function import latent_linear
 
 QAT_RULES = (*RULES, "learnable")
@@ -94,6 +95,8 @@ class QATLinear(LatentModule):
         symmetric: bool = False,
     ) -> None:
         super().__init__()
+        kinds = (nn.Linear, OneBitLinear)
+        check_kind("linear", linear, kinds, "an nn.Linear or OneBitLinear")
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.weight = latent_weight(linear)
@@ -135,6 +138,8 @@ class QATEmbedding(LatentModule):
         symmetric: bool = False,
     ) -> None:
         super().__init__()
+        kinds = (nn.Embedding, OneBitEmbedding)
+        check_kind("embedding", embedding, kinds, "an nn.Embedding or OneBitEmbedding")
         if getattr(embedding, "max_norm", None) is not None:
             raise ValueError(f"embedding must have no max_norm, got {embedding.max_norm}")
         self.num_embeddings = embedding.num_embeddings
@@ -193,7 +198,6 @@ def check_rule(rule: str, group_size: int, symmetric: bool) -> None:
     """Raise ValueError for what no layer allows."""
     if rule not in QAT_RULES:
         raise ValueError(f"rule must be one of {', '.join(QAT_RULES)}, got {rule}")
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size must be 32, 64 or 128, got {group_size}")
+    check_group_size(group_size)
     if symmetric and rule != "sign":
         raise ValueError(f"rule must be sign for symmetric weights, got {rule}")

@@ -1,0 +1,176 @@
+"""Bad input to the Python API: `<argument> must <rule>, got <value>`, and nothing has changed."""
+
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from torch_onebit import (
+    Distillation,
+    LoRALinear,
+    OneBitEmbedding,
+    OneBitLinear,
+    QATEmbedding,
+    QATLinear,
+    add_lora_,
+    dequantize_,
+    prepare_qat_,
+    quantize_,
+    thaw_levels_,
+)
+
+CONV = nn.Conv2d(1, 1, 1)
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Embedding(10, 128), nn.Linear(128, 128), nn.Linear(128, 8))
+
+
+def packed() -> nn.Module:
+    return quantize_(plain(), group_size=64)
+
+
+def last(**options):
+    """A filter that accepts everything and wants options for the last layer."""
+    return lambda module, name: options if name == "2" else True
+
+
+def words_as(dtype: torch.dtype):
+    """A checkpoint whose words went through another dtype."""
+    return {
+        k: v.to(dtype) if v.dtype == torch.int32 else v for k, v in packed().state_dict().items()
+    }
+
+
+# (a model, what is done to it, how the error reads)
+MODELS = [
+    (plain, lambda m: quantize_(m, group_size="64"), "group_size must be 32, 64 or 128, got '64'"),
+    (plain, lambda m: quantize_(m, group_size=64.0), "group_size must be 32, 64 or 128, got 64.0"),
+    (plain, lambda m: quantize_(m, group_size=True), "group_size must be 32, 64 or 128, got True"),
+    (plain, lambda m: quantize_(m, method="best"), "method must be one of minmax, "),
+    (plain, lambda m: quantize_(m, method="calibrated"), "method must be one of minmax, "),
+    (
+        plain,
+        lambda m: quantize_(m, method="mean", symmetric=True),
+        "method must be one of sign, optimal for symmetric weights, got mean",
+    ),
+    (plain, lambda m: quantize_(m, filter_fn=last(method="best")), "method must be one of minmax"),
+    (
+        plain,
+        lambda m: quantize_(m, filter_fn=last(method="minmax", symmetric=True)),
+        "method must be one of sign, optimal",
+    ),
+    (plain, lambda m: quantize_(m, filter_fn=last(group_size=48)), "group_size must be 32, 64"),
+    (plain, lambda m: quantize_(m, filter_fn="x"), "filter_fn must be callable, got 'x'"),
+    (packed, lambda m: add_lora_(m, rank=0), "rank must be an integer of at least 1, got 0"),
+    (packed, lambda m: add_lora_(m, rank=1.5), "rank must be an integer of at least 1, got 1.5"),
+    (packed, lambda m: add_lora_(m, alpha=math.nan), "alpha must be a finite number, got nan"),
+    (packed, lambda m: add_lora_(m, alpha="a"), "alpha must be a finite number, got 'a'"),
+    (packed, lambda m: add_lora_(m, filter_fn=last(rank=0)), "rank must be an integer of at least"),
+    (packed, lambda m: add_lora_(m, filter_fn=last(r=4)), "filter_fn must return options among"),
+    (
+        lambda: OneBitLinear(128, 8),
+        add_lora_,
+        "model must contain the layers to swap, got OneBitLinear itself",
+    ),
+    *(
+        (packed, lambda m, d=d: m.load_state_dict(words_as(d)), f"1.weight must be int32 .* {d}")
+        for d in (torch.float32, torch.int64, torch.uint8)
+    ),
+    (
+        packed,
+        lambda m: m.load_state_dict(words_as(torch.float32), assign=True),
+        "1.weight must be int32 .* got torch.float32",
+    ),
+    *(
+        (packed, lambda m, f=f: f("model"), "model must be an nn.Module, got str")
+        for f in (quantize_, dequantize_, add_lora_, thaw_levels_)
+    ),
+]
+
+
+def state(model: nn.Module):
+    return [(n, type(m)) for n, m in model.named_modules()], dict(model.state_dict(keep_vars=True))
+
+
+@pytest.mark.parametrize("make, call, message", MODELS, ids=[row[2] for row in MODELS])
+def test_refused_change_leaves_the_model_as_it_was(make, call, message):
+    model = make()
+    kinds, tensors = state(model)
+    values = {name: t.clone() for name, t in tensors.items()}
+    # load_state_dict collects what layers say into a RuntimeError of its own.
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        call(model)
+    kinds_after, tensors_after = state(model)
+    assert kinds_after == kinds
+    assert tensors_after.keys() == tensors.keys()
+    for name, t in tensors_after.items():
+        assert t is tensors[name]
+        assert torch.equal(t, values[name])
+
+
+LAYERS = [
+    (lambda: OneBitLinear(-128, 8), "in_features must be an integer of at least 0, got -128"),
+    (lambda: OneBitLinear(128, -1), "out_features must be an integer of at least 0, got -1"),
+    (lambda: OneBitLinear(128.0, 8), "in_features must be an integer of at least 0, got 128.0"),
+    (lambda: OneBitLinear("128", 8), "in_features must be an integer of at least 0, got '128'"),
+    (lambda: OneBitLinear(128, 8, group_size=64.0), "group_size must be 32, 64 or 128, got 64.0"),
+    *(
+        (lambda d=d: OneBitLinear(128, 8, dtype=d), f"dtype must be float32, .* got {d}")
+        for d in (torch.int32, torch.complex64, torch.float8_e4m3fn)
+    ),
+    (lambda: OneBitEmbedding(-1, 128), "num_embeddings must be an integer of at least 0, got -1"),
+    (lambda: OneBitEmbedding(8, 128, 1.5), "padding_idx must be an integer .* got 1.5"),
+    (lambda: OneBitEmbedding(8, 128, "a"), "padding_idx must be an integer .* got 'a'"),
+    (lambda: OneBitLinear.from_linear(CONV), "linear must be an nn.Linear, got Conv2d"),
+    (lambda: OneBitEmbedding.from_embedding(CONV), "embedding must be an nn.Embedding, got Conv2d"),
+    (lambda: QATLinear(CONV), "linear must be an nn.Linear or OneBitLinear, got Conv2d"),
+    (lambda: QATEmbedding(CONV), "embedding must be an nn.Embedding or OneBitEmbedding, got Conv"),
+    (lambda: LoRALinear(nn.Linear(8, 8)), "base must be a OneBitLinear, got Linear"),
+    *(
+        (
+            lambda v=v: OneBitLinear.from_linear(
+                nn.Linear(128, 8), importance=torch.full((128,), v)
+            ),
+            "importance must not be negative or NaN, got",
+        )
+        for v in (-1.0, math.nan)
+    ),
+    (lambda: Distillation("x"), "teacher must be callable, got 'x'"),
+    (lambda: Distillation(abs, weight=math.nan), "weight must be between 0 and 1, got nan"),
+    (lambda: Distillation(abs, temperature=math.nan), "temperature must be above 0 .* got nan"),
+    (lambda: Distillation(abs, temperature=math.inf), "temperature must be above 0 .* got inf"),
+    (
+        lambda: Distillation(nn.Linear(2, 3))(
+            torch.randn(4, 5), torch.zeros(4).long(), torch.randn(4, 2)
+        ),
+        re.escape("teacher must give logits [4, 5] as the student, got [4, 3]"),
+    ),
+    (
+        lambda: Distillation(nn.Linear(2, 5))(
+            torch.randn(4, 5), torch.zeros(4).long(), torch.randn(1, 2)
+        ),
+        re.escape("teacher must give logits [4, 5] as the student, got [1, 5]"),
+    ),
+]
+
+
+@pytest.mark.parametrize("call, message", LAYERS, ids=[row[1] for row in LAYERS])
+def test_illegal_argument_is_named_with_its_rule_and_value(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_filter_gives_lora_options_per_layer():
+    model = add_lora_(packed(), rank=2, filter_fn=last(rank=4, alpha=8.0))
+    assert (len(model[1].lora_a), len(model[2].lora_a), model[2].scaling) == (2, 4, 2.0)
+
+
+def test_prepared_layers_keep_what_they_are():
+    """prepare_qat_ twice, quantize_ after it: layers that are done are left."""
+    model = prepare_qat_(plain(), group_size=64)
+    before = list(model)
+    assert list(prepare_qat_(model, group_size=64)) == before
+    assert list(quantize_(model, group_size=64)) == before

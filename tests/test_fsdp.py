@@ -1,0 +1,112 @@
+"""FSDP2 in two processes: sharded training takes the steps of plain training."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrizations
+
+import torch_onebit
+
+PROCESSES = 2
+
+
+class Net(nn.Module):
+    def __init__(self, tied: bool = False, parametrized: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 64)
+        self.body = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 20, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+        if parametrized:
+            parametrizations.weight_norm(self.body)
+
+    def forward(self, tokens):
+        return self.head(F.gelu(self.body(self.embedding(tokens))))
+
+
+def qat(rule: str = "mean", **options: bool) -> nn.Module:
+    return torch_onebit.prepare_qat_(Net(**options), rule=rule, group_size=32)
+
+
+def packed(**options: bool) -> nn.Module:
+    return torch_onebit.quantize_(Net(**options), group_size=32)
+
+
+MODELS = {
+    "QAT": qat,
+    "QAT learnable": lambda: qat("learnable"),
+    "QAT, shared weights": lambda: qat(tied=True),
+    "QAT, parametrized weights": lambda: qat(parametrized=True),
+    "packed, levels train": lambda: torch_onebit.thaw_levels_(packed()),
+    "packed, shared weights": lambda: torch_onebit.thaw_levels_(packed(tied=True)),
+    "packed, LoRA": lambda: torch_onebit.add_lora_(packed()),
+}
+
+
+def train(model: nn.Module, tokens: torch.Tensor) -> list[float]:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(3):
+        logits = model(tokens)
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens.roll(-1, 1).flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def compare(make) -> str:
+    """What differs between sharded training on halves of a batch and plain training; or ""."""
+    torch.manual_seed(0)
+    plain = make()
+    tokens = torch.randint(20, (4, 9))
+    model = copy.deepcopy(plain)
+    mesh = dist.init_device_mesh("cpu", (PROCESSES,))
+    fully_shard(model.body, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    losses = train(plain, tokens)
+    train(model, tokens.chunk(PROCESSES)[dist.get_rank()])
+    if not losses[-1] < losses[0]:
+        return f"losses {losses} do not fall"
+    words = {name: b for name, b in model.named_buffers()}
+    for name, expected in plain.named_buffers():
+        if not torch.equal(words[name], expected):
+            return f"{name} changed"
+    sharded = dict(model.named_parameters())
+    for name, expected in plain.named_parameters():
+        torch.testing.assert_close(sharded[name].full_tensor(), expected, msg=name)
+    return ""
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES
+    )
+    results = {}
+    for name, make in MODELS.items():
+        try:
+            results[name] = compare(make)
+        except Exception as error:  # each row reports its own
+            results[name] = f"{type(error).__name__}: {error}"
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp")
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=PROCESSES)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sharded_training_matches(name, results):
+    assert [of_rank[name] for of_rank in results] == [""] * PROCESSES

@@ -1,0 +1,39 @@
+"""What the Python API accepts, in the words of csrc/shape.h: argument, rule and value."""
+
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import nn
+
+GROUP_SIZES = (32, 64, 128)
+LEVEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_group_size(group_size: Any) -> None:
+    if type(group_size) is not int or group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size must be 32, 64 or 128, got {group_size!r}")
+
+
+def check_count(name: str, value: Any, least: int = 0) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_level_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in LEVEL_DTYPES:
+        raise ValueError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
+
+
+def check_callable(name: str, value: Any) -> None:
+    if not callable(value):
+        raise ValueError(f"{name} must be callable, got {value!r}")
+
+
+def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], words: str) -> None:
+    if not isinstance(value, kinds):
+        raise ValueError(f"{name} must be {words}, got {type(value).__name__}")
+
+
+def check_model(model: Any) -> None:
+    check_kind("model", model, nn.Module, "an nn.Module")
