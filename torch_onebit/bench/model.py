@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_onebit.nn import OneBitLinear
+from torch_onebit.prepack import prepack_
 
 
 @dataclass
@@ -79,9 +80,13 @@ class _EmptyLinear(nn.Linear):
 def measure_model(prompt: int = 512, tokens: int = 16) -> list[dict[str, object]]:
     """Prefill and decode, tokens per second; one model at a time is in memory."""
     rows = []
-    for name, linear in (("1 bit", OneBitLinear), ("bfloat16", _EmptyLinear)):
+    kinds = [("1 bit", OneBitLinear), ("bfloat16", _EmptyLinear)]
+    if torch.ops.onebit.can_prepack():
+        kinds.insert(1, ("1 bit, prepacked", OneBitLinear))
+    for name, linear in kinds:
         with torch.inference_mode():
             model = Decoder(Shape(), linear)
+            added = prepack_(model).bytes_added if "prepacked" in name else 0
             x = torch.randn(prompt, Shape.hidden).bfloat16()
             model(x[:8])
             for block in model.blocks:
@@ -90,7 +95,7 @@ def measure_model(prompt: int = 512, tokens: int = 16) -> list[dict[str, object]
             model(x[:1])
             steps = [_seconds(lambda model=model, x=x: model(x[:1])) for _ in range(tokens)]
         decode = sorted(steps)[tokens // 2]
-        nbytes = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+        nbytes = added + sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
         rows.append(
             {
                 "name": name,

@@ -12,6 +12,8 @@ from torch_onebit import ops
 
 # Calls that would take longer than this are left out (MLX and the scalar table at large m).
 MAX_SECONDS = 1.0
+# Rows of x that are multiplied with prepacked weights; more use the weights themselves.
+PREPACKED_ROWS = 4
 
 
 @dataclass
@@ -59,16 +61,27 @@ def ours(x: Tensor, w: Weights, isa: str | None = None) -> Callable[[], Tensor]:
     return call
 
 
+def prepacked(x: Tensor, w: Weights) -> Callable[[], Tensor]:
+    """Our product with prepacked weights."""
+    copy = ops.prepack(*w.tensors())
+    return lambda: ops.linear(x, *w.tensors()[:3], None, w.group_size, prepacked=copy)
+
+
 def peers(x: Tensor, w: Weights) -> dict[str, Callable[[], Tensor]]:
     """``x @ w.T`` by our tables and by every competitor that is installed."""
     m, k = x.shape
     macs = m * k * w.packed.shape[0]
     bf16 = x.bfloat16()
     calls = {"onebit f32": ours(x, w), "onebit bf16": ours(bf16, w)}
+    if torch.ops.onebit.can_prepack() and m <= PREPACKED_ROWS:
+        calls["onebit f32 prepacked"] = prepacked(x, w)
+        calls["onebit bf16 prepacked"] = prepacked(bf16, w)
     for isa in torch.ops.onebit.cpu_isas():
         if isa == torch.ops.onebit.cpu_isa() or (isa == "scalar" and macs / 2e8 > MAX_SECONDS):
             continue
         calls[f"onebit f32 {isa}"] = ours(x, w, isa)
+        if isa != "scalar":
+            calls[f"onebit bf16 {isa}"] = ours(bf16, w, isa)
     dense = w.dense()
     dense16 = dense.bfloat16()
     calls["F.linear f32"] = lambda: F.linear(x, dense)

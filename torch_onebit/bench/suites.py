@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from torch_onebit import ops
 from torch_onebit.bench.measure import Timing, interleave
-from torch_onebit.bench.peers import Weights, error, ours, peers
+from torch_onebit.bench.peers import Weights, error, ours, peers, prepacked
 
 BATCHES = (1, 2, 4, 8, 32, 128, 512)
 
@@ -70,22 +70,27 @@ def batches(n: int, k: int, group_size: int, rounds: int, sizes: tuple[int, ...]
 
 
 def cold(n: int, k: int, group_size: int, rounds: int) -> list[Row]:
-    """One row of x, each call with other weights: all of them come from memory."""
+    """One row of x, each call with other weights: all of them come from memory.
+
+    The stream read is of as many bytes as the weights have.
+    """
     nbytes = Weights.random(n, k, group_size).nbytes
     copies = [Weights.random(n, k, group_size) for _ in range(COLD_BYTES // nbytes + 1)]
-    x = torch.randn(1, k)
     memory = torch.zeros(len(copies) * nbytes // 4)
-    times = interleave(
-        {
-            "onebit f32": lambda: [ops.qmm(x, *w.tensors()) for w in copies],
-            "stream read": lambda: torch.ops.onebit.read_memory(memory),
-        },
-        rounds,
-    )
+    products = {}
+    for name, x in (("f32", torch.randn(1, k)), ("bf16", torch.randn(1, k).bfloat16())):
+        products[f"onebit {name}"] = [ours(x, w) for w in copies]
+        if torch.ops.onebit.can_prepack():
+            products[f"onebit {name} prepacked"] = [prepacked(x, w) for w in copies]
+    calls = {name: lambda each=each: [call() for call in each] for name, each in products.items()}
+    calls["stream read"] = lambda: torch.ops.onebit.read_memory(memory)
+    times = interleave(calls, rounds)
     work = len(copies) * n * k
-    share = times["stream read"].median / times["onebit f32"].median
+    read = times["stream read"].median
     case = f"{n}x{k} m=1 out of cache"
-    return [_row(case, name, work, "MAC", t, of_stream=share) for name, t in times.items()]
+    return [
+        _row(case, name, work, "MAC", t, of_stream=read / t.median) for name, t in times.items()
+    ]
 
 
 def model_shapes(group_size: int, rounds: int) -> list[Row]:
@@ -126,9 +131,20 @@ def variants(rounds: int) -> list[Row]:
 
 
 def threads(rounds: int) -> list[Row]:
-    """One thread against all of them."""
+    """One thread against all of them; the FMA peak says how much a second one gives at most."""
     count = torch.get_num_threads()
     rows = []
+    steps = 1 << 20
+    macs = torch.ops.onebit.multiply_adds(steps)
+
+    def peak(number: int) -> object:
+        torch.set_num_threads(number)
+        return torch.ops.onebit.multiply_adds(steps)
+
+    times = interleave({f"{c} threads": lambda c=c: peak(c) for c in (1, count)}, rounds)
+    for name, timing in times.items():
+        work = macs if name == f"{count} threads" else macs // count
+        rows.append(_row("float32 FMA peak", name, work, "MAC", timing))
     for m in (1, 8, 128):
         call = ours(torch.randn(m, 4096), Weights.random(4096, 4096, 128))
 
@@ -165,8 +181,8 @@ def overhead(rounds: int) -> list[Row]:
     """A product so small that the call is what takes time, and nn.Linear's."""
     from torch_onebit.nn import OneBitLinear
 
-    layer = OneBitLinear(128, 32, bias=False).requires_grad_(False)
-    linear = torch.nn.Linear(128, 32, bias=False).requires_grad_(False)
+    layer = OneBitLinear(128, 32).requires_grad_(False)
+    linear = torch.nn.Linear(128, 32).requires_grad_(False)
     x = torch.randn(1, 128)
     calls = {
         "torch.ops.onebit.qmm": lambda: torch.ops.onebit.qmm(

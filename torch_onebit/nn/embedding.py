@@ -74,7 +74,7 @@ class OneBitEmbedding(OneBitModule):
             rows = torch.where((indices == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
         return rows
 
-    def aslinear_op(self, x: Tensor) -> Tensor:
+    def as_linear(self, x: Tensor) -> Tensor:
         """``x @ w.T``, the head of a model that ties it to its embedding: ``[..., rows]``."""
         prepacked = self._prepacked
         if prepacked is not None:

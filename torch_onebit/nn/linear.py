@@ -71,7 +71,7 @@ class OneBitLinear(OneBitModule):
         )
 
     @classmethod
-    def fromlinear_op(
+    def from_linear(
         cls,
         linear: nn.Linear,
         *,
@@ -103,7 +103,7 @@ class OneBitLinear(OneBitModule):
         layer.bias = linear.bias
         return layer.train(linear.training)
 
-    def tolinear_op(self) -> nn.Linear:
+    def to_linear(self) -> nn.Linear:
         """An ``nn.Linear`` of the dequantized weights; ``bias`` is taken over, not copied."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(self.dequantize().detach())
