@@ -96,12 +96,14 @@ def test_bits_are_on_the_nearer_side(rule):
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [False, True, "the small ones"])
 def test_optimal_is_the_least_squared_error(group_size, weighted, isa):
     w = torch.randn(3, 256)
     w[0, :group_size] = w[0, :group_size].round()  # ties
     w[1, :group_size] = w[1, :group_size].abs() + 100  # far from zero
     importance = torch.rand(256) ** 4 if weighted else None
+    if weighted == "the small ones":
+        w, importance = w.sort(-1).values, importance * (torch.arange(256) % group_size < 20)
     error = (decoded(w.double(), "optimal", group_size, importance) - w) ** 2
     weights = torch.ones_like(w) if importance is None else importance.expand_as(w)
     for got, values, h in zip(
