@@ -40,6 +40,12 @@ struct GroupParams {
 };
 ONEBIT_CONSTANT uint32_t kGroupSimdgroups = 8;
 
+struct FlipParams {
+  uint32_t rows, columns;  // of the bits
+  uint32_t begin, width;   // of the block
+};
+ONEBIT_CONSTANT uint32_t kFlipSimdgroups = 8;
+
 struct DecodeParams {
   uint32_t rows;   // of packed; one when all of it is decoded as one long row
   uint32_t words;  // of a row

@@ -159,6 +159,16 @@ def level_rows(dtype: torch.dtype, device: str) -> Iterator[Row]:
         yield Row(kernel, dtype, error, 2 * torch.finfo(dtype).eps if backward else 0)
 
 
+def flip_bits_row(device: str) -> Row:
+    """One block of coordinate descent; the error counts bits that differ."""
+    x, error = torch.randn(200, 256), torch.randn(33, 256)
+    moments, scales, bits = x.T @ x / 200, torch.rand(33, 4), torch.rand(33, 256) > 0.5
+    moved = [t.to(device, copy=True) for t in (bits, error, scales, moments)]
+    for arguments in ((bits, error, scales, moments), moved):
+        torch.ops.onebit.flip_bits_(*arguments, 64, 192, 64)
+    return Row("flip_bits_", torch.float32, float((moved[0].cpu() != bits).sum()), 0)
+
+
 def affine_grad_row(dtype: torch.dtype, device: str) -> Row:
     packed, *_, group_size = make_weights(71, 320, dtype)
     x, grad = torch.randn(40, 320).to(dtype), torch.randn(40, 71).to(dtype)
@@ -203,6 +213,7 @@ def rows(device: str, measure: bool = True) -> Iterator[Row]:
         for is_sorted in (False, True):
             yield gather_row(dtype, device, is_sorted)
         yield affine_grad_row(dtype, device)
+    yield flip_bits_row(device)
 
 
 def machine() -> str:

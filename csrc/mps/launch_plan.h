@@ -27,6 +27,7 @@ enum class Kernel : uint8_t {
   kFakeQuantizeBackward,
   kFakeQuantizeAffine,
   kFakeQuantizeAffineBackward,
+  kFlipBits,
 };
 
 constexpr const char* kernel_name(Kernel kernel) {
@@ -44,7 +45,8 @@ constexpr const char* kernel_name(Kernel kernel) {
                                    "fake_quantize",
                                    "fake_quantize_backward",
                                    "fake_quantize_affine",
-                                   "fake_quantize_affine_backward"};
+                                   "fake_quantize_affine_backward",
+                                   "flip_bits"};
   return names[static_cast<int>(kernel)];
 }
 
@@ -283,7 +285,7 @@ constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu) {
   return plan;
 }
 
-// quantize and fake_quantize, dequantize, embedding, affine_grad
+// quantize, fake_quantize and flip_bits_; dequantize, embedding, affine_grad
 // ---------------------------------------------------------------------------------------
 
 // What a kernel that owns a group is compiled for, besides the dtype of w.
@@ -304,6 +306,13 @@ constexpr Launch plan_groups(Kernel kernel,
            options.has_importance},
           {ceil_div(p.groups, kGroupSimdgroups), 1, 1},
           kGroupSimdgroups * kLanes};
+}
+
+constexpr Launch plan_flip_bits(const FlipParams& p, int64_t group_size) {
+  return {{Kernel::kFlipBits, ValueType::kFloat, 0, false, ValueType::kFloat, false, false,
+           static_cast<uint8_t>(group_size / kWordBits)},
+          {ceil_div(p.rows, kFlipSimdgroups), 1, 1},
+          kFlipSimdgroups * kLanes};
 }
 
 // `rows` of the result: of embedding, the number of indices; of dequantize, one.
@@ -328,7 +337,7 @@ static_assert(gpu_of("Apple M3 Max").generation == 3 && gpu_of("Apple M3 Max").c
 static_assert(kSplitAlign % 128 == 0 && kSplitAlign % kTileK == 0, "a split is whole groups");
 static_assert(kTileWideN == kTileThreads, "qmm_n stores one column per thread");
 static_assert(kQvmSimdgroups == 8, "qvm reduces 8 of a lane's sums at a time");
-static_assert(static_cast<int>(Kernel::kFakeQuantizeAffineBackward) < 16, "4 bits of a key");
+static_assert(static_cast<int>(Kernel::kFlipBits) < 16, "4 bits of a key");
 static_assert(sizeof(QmmParams) == 32 && sizeof(AffineGradParams) == 32, "no padding");
 
 }  // namespace onebit::mps

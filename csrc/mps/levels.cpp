@@ -1,4 +1,4 @@
-// The operators of ../levels.cpp on MPS: a simdgroup per group.
+// The operators of ../levels.cpp on MPS: a simdgroup per group, or per row of bits.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -115,6 +115,30 @@ std::tuple<Tensor, Tensor> fake_quantize_affine_backward_mps(const Tensor& grad,
   return {grad_scales, grad_biases};
 }
 
+Tensor flip_bits_mps(Tensor& bits,
+                     const Tensor& error,
+                     const Tensor& scales,
+                     const Tensor& moments,
+                     int64_t begin,
+                     int64_t end,
+                     int64_t group_size) {
+  const auto sizes = check_flip_bits<int64_t>(bits, error, scales, moments, begin, end, group_size);
+  value_type("error", error);
+  auto changes = at::empty(sizes, error.options());
+  if (changes.numel() == 0) return changes;
+  check_count("bits", bits);
+  check_count("moments", moments);
+  const FlipParams params = {static_cast<uint32_t>(bits.size(0)),
+                             static_cast<uint32_t>(bits.size(1)), static_cast<uint32_t>(begin),
+                             static_cast<uint32_t>(end - begin)};
+  const auto local = error.narrow(1, begin, end - begin).clone(at::MemoryFormat::Contiguous);
+  encode(Work{plan_flip_bits(params, group_size),
+              {bits, local, scales.contiguous(), moments.contiguous(), changes},
+              &params,
+              sizeof params});
+  return changes;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, MPS, m) {
@@ -123,6 +147,7 @@ TORCH_LIBRARY_IMPL(onebit, MPS, m) {
   m.impl("fake_quantize_backward", &fake_quantize_backward_mps);
   m.impl("fake_quantize_affine", &fake_quantize_affine_mps);
   m.impl("fake_quantize_affine_backward", &fake_quantize_affine_backward_mps);
+  m.impl("flip_bits_", &flip_bits_mps);
 }
 
 }  // namespace onebit::mps

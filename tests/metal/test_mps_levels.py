@@ -2,7 +2,6 @@
 
 import copy
 import shutil
-import warnings
 
 import emulator
 import pytest
@@ -146,6 +145,28 @@ def test_free_levels_as_on_the_cpu(group_size, dtype, other, levels, schedule, m
     assert kernels_of(log()) == [f"{name}_{FLOATS[dtype]}" for name in names]
 
 
+@pytest.mark.parametrize("schedule", [FORWARD, RANDOM])
+@pytest.mark.parametrize("group_size, begin, end", [(32, 0, 128), (64, 10, 77), (128, 100, 101)])
+def test_bits_flip_as_on_the_cpu(group_size, begin, end, schedule, monkeypatch):
+    monkeypatch.setenv("ONEBIT_FAKE_SCHEDULE", str(schedule))
+    check_flips(group_size, begin, end)
+
+
+def check_flips(group_size: int, begin: int, end: int) -> None:
+    x = torch.randn(200, 128)
+    moments, error = x.t() @ x / 200, torch.randn(128, 11).t()
+    scales = torch.rand(11, 256 // group_size)[:, ::2]
+    results = []
+    for device in ("cpu", "mps"):
+        bits = (torch.arange(12 * 128) % 3 == 0).view(12, 128).to(device)[1:]
+        arguments = [t.to(device) for t in (error, scales, moments)]
+        changes = ops.flip_bits_(bits, *arguments, begin, end, group_size)
+        results.append((bits.cpu(), changes.cpu()))
+    assert (results[0][1] != 0).any() and (results[0][1] == 0).any()
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[1][1], results[0][1])
+
+
 LAYOUTS = {
     "one dimension": lambda t: t[0, 0, :128],
     "four dimensions": lambda t: t[:, None],
@@ -182,22 +203,20 @@ def test_any_layout_gives_what_the_cpu_does(layout):
 
 
 @pytest.mark.parametrize("rule", [*RULES, "learnable"])
-def test_a_layer_trains_on_mps_as_on_the_cpu_and_nothing_is_announced(rule, monkeypatch):
-    monkeypatch.setattr(level_composite, "_announced", set())
+def test_a_layer_trains_on_mps_as_on_the_cpu(rule):
     start, x = QATLinear(torch.nn.Linear(128, 8), rule=rule, group_size=64), torch.randn(3, 128)
     gradients = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for device in ("cpu", "mps"):
-            layer = copy.deepcopy(start).to(device)
-            layer(x.to(device)).square().sum().backward()
-            gradients.append([p.grad.cpu() for p in layer.parameters()])
+    for device in ("cpu", "mps"):
+        layer = copy.deepcopy(start).to(device)
+        layer(x.to(device)).square().sum().backward()
+        gradients.append([p.grad.cpu() for p in layer.parameters()])
     assert len(gradients[0]) == (4 if rule == "learnable" else 2)
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [op.__name__ for op in level_composite._OPS])
-def test_opcheck_on_mps(name):
+def test_opcheck_on_mps_and_nothing_is_announced(name, monkeypatch):
+    monkeypatch.setattr(level_composite, "_announced", announced := set())
     w, levels = torch.randn(4, 64, device="mps"), torch.rand(4, 2, device="mps")
     arguments = {
         "quantize_levels": (w, "optimal", 32, torch.rand(64, device="mps")),
@@ -210,6 +229,7 @@ def test_opcheck_on_mps(name):
     # torch's autograd registration check knows no mps; it runs on the CPU.
     utilities = ("test_schema", "test_faketensor")
     opcheck(getattr(ops, name).default, arguments, test_utils=utilities)
+    assert not announced
 
 
 W, LEVELS = torch.randn(4, 64, device="mps"), torch.rand(4, 2, device="mps")
@@ -322,6 +342,9 @@ MUTANTS = {
         "? through[i] : 0.0f",
         "? through[i] : through[i]",
     ),
+    "a flip that no other column sees": ("flip_bits.metal", "if (d == 0) continue;", "continue;"),
+    "bits that do not follow": ("flip_bits.metal", "bits[at] = !bits[at];", ""),
+    "every lane decides": ("flip_bits.metal", "if (lane == j % kLanes) {", "{"),
 }
 
 
@@ -342,6 +365,7 @@ def everything() -> None:
     scales, biases = torch.randn(2, 17, 1)
     assert_same_on_mps(ops.fake_quantize_affine, w, scales, biases, 128)
     assert_same_on_mps(ops.fake_quantize_affine_backward, grad, w, scales, biases, 128)
+    check_flips(32, 10, 77)
 
 
 def broken(folder, file: str = "group.h", before: str = "", after: str = ""):
@@ -351,7 +375,8 @@ def broken(folder, file: str = "group.h", before: str = "", after: str = ""):
     text = (shaders / file).read_text()
     assert before in text
     (shaders / file).write_text(text.replace(before, after) if before else text)
-    return str(emulator.build([shaders / "levels.metal", shaders / "fake_quantize_affine.metal"]))
+    names = ("levels", "fake_quantize_affine", "flip_bits")
+    return str(emulator.build([shaders / f"{name}.metal" for name in names]))
 
 
 def test_the_shaders_without_a_defect_pass(tmp_path, monkeypatch):
