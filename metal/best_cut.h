@@ -69,7 +69,7 @@ inline Cut best_cut(float4 value, float4 weight, uint lane) {
       // No cut leaves a side without importance: its sum is rounding, divided by 0. (When it is the
       // lower one, 0 / 0: NaN is never better.)
       const float rest = total - mass.upto[i];
-      score[i] = rest > 0 ? square / (mass.upto[i] * rest) : 0.0f;
+      score[i] = rest > 0 ? square / (mass.upto[i] * rest) : NAN;
     } else {
       score[i] = square * (1.0f / (float(at + 1) * float(size - 1 - at)));
     }

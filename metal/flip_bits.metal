@@ -4,28 +4,28 @@
 // block, and nobody else reads or writes there.
 #include "common.h"
 
-[[host_name("flip_bits_float")]] [[kernel]] void flip_bits(
-    device bool* bits [[buffer(0)]],            // [rows, columns]
-    device float* error [[buffer(1)]],          // [rows, width], follows the flips
-    const device float* scales [[buffer(2)]],   // [rows, columns / group size]
-    const device float* moments [[buffer(3)]],  // [columns, columns]
-    device float* changes [[buffer(4)]],        // [rows, width]
-    constant FlipParams& p [[buffer(5)]],
-    uint threadgroup_index [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+template <typename T>
+[[kernel]] void flip_bits(device bool* bits [[buffer(0)]],       // [rows, columns]
+                          device T* error [[buffer(1)]],         // [rows, width], follows the flips
+                          const device T* scales [[buffer(2)]],  // [rows, columns / group size]
+                          const device T* moments [[buffer(3)]],  // [columns, columns]
+                          device T* changes [[buffer(4)]],        // [rows, width]
+                          constant FlipParams& p [[buffer(5)]],
+                          uint threadgroup_index [[threadgroup_position_in_grid]],
+                          uint simdgroup [[simdgroup_index_in_threadgroup]],
+                          uint lane [[thread_index_in_simdgroup]]) {
   const uint row = threadgroup_index * kFlipSimdgroups + simdgroup;
   if (row >= p.rows) return;
   const uint group_size = kGroupWords * kLanes;
-  device float* errors = error + row * p.width;
+  device T* errors = error + row * p.width;
 
   for (uint j = 0; j < p.width; j++) {
     const uint column = p.begin + j;
-    float d = 0;
+    T d = 0;
     if (lane == j % kLanes) {
       const uint at = row * p.columns + column;
-      const float scale = scales[row * (p.columns / group_size) + column / group_size];
-      const float step = bits[at] ? -scale : scale;
+      const T scale = scales[row * (p.columns / group_size) + column / group_size];
+      const T step = bits[at] ? -scale : scale;
       if (2 * step * errors[j] > step * step * moments[column * p.columns + column]) {
         d = step;
         bits[at] = !bits[at];
@@ -39,3 +39,5 @@
     }
   }
 }
+
+ONEBIT_INSTANTIATE("flip_bits_float", flip_bits<float>)
