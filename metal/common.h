@@ -14,15 +14,32 @@ using namespace onebit;
 constant uint kLevelType [[function_constant(0)]];
 constant bool kHasBiases [[function_constant(1)]];
 constant bool kIndexed [[function_constant(2)]];
+constant uint kGroupWords [[function_constant(3)]];
+constant uint kOtherType [[function_constant(4)]];
+constant uint kRule [[function_constant(5)]];
+constant bool kHasImportance [[function_constant(6)]];
 
 // Writes the signature of a kernel once.
 #define ONEBIT_INSTANTIATE(name, ...) \
   template [[host_name(name)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
 
-inline float read_level(const device void* values, uint i) {
-  if (kLevelType == kLevelHalf) return float(((const device half*)values)[i]);
-  if (kLevelType == kLevelBFloat) return float(((const device bfloat*)values)[i]);
+inline float read_as(uint type, const device void* values, uint i) {
+  if (type == kLevelHalf) return float(((const device half*)values)[i]);
+  if (type == kLevelBFloat) return float(((const device bfloat*)values)[i]);
   return ((const device float*)values)[i];
+}
+inline float read_level(const device void* values, uint i) {
+  return read_as(kLevelType, values, i);
+}
+
+inline void write_as(uint type, device void* values, uint i, float value) {
+  if (type == kLevelHalf) {
+    ((device half*)values)[i] = half(value);
+  } else if (type == kLevelBFloat) {
+    ((device bfloat*)values)[i] = bfloat(value);
+  } else {
+    ((device float*)values)[i] = value;
+  }
 }
 
 // A weight of the group is scale * bit + bias.

@@ -14,19 +14,37 @@ ONEBIT_CONSTANT uint32_t kLanes = 32;  // of a simdgroup, on every Apple GPU
 ONEBIT_CONSTANT uint32_t kLevelTypeConstant = 0;
 ONEBIT_CONSTANT uint32_t kHasBiasesConstant = 1;
 ONEBIT_CONSTANT uint32_t kIndexedConstant = 2;
+ONEBIT_CONSTANT uint32_t kGroupWordsConstant = 3;
+ONEBIT_CONSTANT uint32_t kOtherTypeConstant = 4;
+ONEBIT_CONSTANT uint32_t kRuleConstant = 5;
+ONEBIT_CONSTANT uint32_t kHasImportanceConstant = 6;
 
-// dtype of scales and biases in the products, which is independent of that of x.
+// dtype of scales and biases, which is independent of that of x or w; and of what fake_quantize
+// returns and its gradient.
 ONEBIT_CONSTANT uint32_t kLevelFloat = 0;
 ONEBIT_CONSTANT uint32_t kLevelHalf = 1;
 ONEBIT_CONSTANT uint32_t kLevelBFloat = 2;
 
+// How two levels are chosen for real weights: levels.h has the formulae.
+ONEBIT_CONSTANT uint32_t kRuleMinMax = 0;
+ONEBIT_CONSTANT uint32_t kRuleSign = 1;
+ONEBIT_CONSTANT uint32_t kRuleMean = 2;
+ONEBIT_CONSTANT uint32_t kRuleOptimal = 3;
+
 // Arguments. group_shift is log2 of the words in a group; every size counts elements.
 
-struct QuantizeParams {
+// quantize, quantize_levels, fake_quantize, ...: a simdgroup owns a group of w.
+struct GroupParams {
   uint32_t groups;
-  uint32_t group_words;
+  uint32_t period;  // importance repeats after so many groups
 };
-ONEBIT_CONSTANT uint32_t kQuantizeSimdgroups = 8;
+ONEBIT_CONSTANT uint32_t kGroupSimdgroups = 8;
+
+struct FlipParams {
+  uint32_t rows, columns;  // of the bits
+  uint32_t begin, width;   // of the block
+};
+ONEBIT_CONSTANT uint32_t kFlipSimdgroups = 8;
 
 struct DecodeParams {
   uint32_t rows;   // of packed; one when all of it is decoded as one long row

@@ -73,17 +73,17 @@ CASES = [
 
 
 @pytest.mark.parametrize("rule, group_size, dtype", CASES)
-def test_levels_follow_the_formula(rule, group_size, dtype, isa):
+def test_levels_follow_the_formula(rule, group_size, dtype, isa, device):
     # 37 * 2 or more groups: whole tiles of 16 and a rest.
     w = torch.randn(37, 256, dtype=dtype)
-    packed, scales, biases = ops.quantize_levels(w, rule, group_size)
-    expected = binary(w.double(), unpack_bits(packed), rule, group_size)
+    packed, scales, biases = ops.quantize_levels(w.to(device), rule, group_size)
+    expected = binary(w.double(), unpack_bits(packed.cpu()), rule, group_size)
     assert packed.dtype == torch.int32 and scales.dtype == biases.dtype == dtype
     tolerance = 8 * torch.finfo(dtype).eps
     actual = ops.dequantize(packed, scales, biases, group_size)
-    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
-    fake = ops.fake_quantize(w, rule, group_size)
-    torch.testing.assert_close(fake.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(actual.cpu().double(), expected, rtol=tolerance, atol=tolerance)
+    fake = ops.fake_quantize(w.to(device), rule, group_size)
+    torch.testing.assert_close(fake.cpu().double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -96,12 +96,14 @@ def test_bits_are_on_the_nearer_side(rule):
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [False, True, "the small ones"])
 def test_optimal_is_the_least_squared_error(group_size, weighted, isa):
     w = torch.randn(3, 256)
     w[0, :group_size] = w[0, :group_size].round()  # ties
     w[1, :group_size] = w[1, :group_size].abs() + 100  # far from zero
     importance = torch.rand(256) ** 4 if weighted else None
+    if weighted == "the small ones":
+        w, importance = w.sort(-1).values, importance * (torch.arange(256) % group_size < 20)
     error = (decoded(w.double(), "optimal", group_size, importance) - w) ** 2
     weights = torch.ones_like(w) if importance is None else importance.expand_as(w)
     for got, values, h in zip(
@@ -113,8 +115,8 @@ def test_optimal_is_the_least_squared_error(group_size, weighted, isa):
         assert float(got.sum()) <= least_error(values, h) * (1 + 1e-6) + 1e-12
 
 
-def test_minmax_has_the_bits_of_quantize(isa):
-    w = torch.randn(16, 256)
+def test_minmax_has_the_bits_of_quantize(isa, device):
+    w = torch.randn(16, 256).to(device)
     assert all(
         torch.equal(a, b)
         for a, b in zip(ops.quantize_levels(w, "minmax", 64), ops.quantize(w, 64), strict=True)
@@ -125,37 +127,35 @@ def test_minmax_has_the_bits_of_quantize(isa):
 @pytest.mark.parametrize(
     "name, w", [("zeros", torch.zeros(1, 32)), ("equal", torch.full((1, 32), 3.0))]
 )
-def test_equal_weights_are_kept(rule, name, w):
-    assert torch.equal(decoded(w, rule, 32), w)
+def test_equal_weights_are_kept(rule, name, w, device):
+    assert torch.equal(decoded(w.to(device), rule, 32).cpu(), w)
 
 
-def test_optimal_keeps_binary_weights_exactly():
+def test_optimal_keeps_binary_weights_exactly(device):
     low, high = torch.randn(2, 40, 1)
     w = torch.where(torch.rand(40, 64) < 0.3, low, high)
-    bits = unpack_bits(ops.quantize_levels(w, "optimal", 64)[0])
+    bits = unpack_bits(ops.quantize_levels(w.to(device), "optimal", 64)[0]).cpu()
     assert torch.equal(bits, w == torch.maximum(low, high))
-    torch.testing.assert_close(decoded(w, "optimal", 64), w, rtol=0, atol=3e-7)
+    torch.testing.assert_close(decoded(w.to(device), "optimal", 64).cpu(), w, rtol=0, atol=3e-7)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_nan_does_not_stay_hidden(rule):
+def test_a_nan_does_not_stay_hidden(rule, device):
     w = torch.randn(2, 64)
     w[0, 3] = torch.nan
-    result = decoded(w, rule, 64)
+    result = decoded(w.to(device), rule, 64).cpu()
     assert torch.isfinite(result[1]).all()
     if rule != "minmax":  # MLX's rule skips NaN
         assert result[0].isnan().any()
 
 
-def test_importance_of_zero_everywhere_counts_as_equal():
-    w = torch.randn(2, 64)
-    assert torch.equal(
-        decoded(w, "optimal", 64, torch.zeros(64)), decoded(w, "optimal", 64, torch.ones(64))
-    )
+def test_importance_of_zero_everywhere_counts_as_equal(device):
+    w, ones = torch.randn(2, 64).to(device), torch.ones(64).to(device)
+    assert torch.equal(decoded(w, "optimal", 64, ones * 0), decoded(w, "optimal", 64, ones))
 
 
-def test_importance_per_value():
-    w, importance = torch.randn(3, 128), torch.rand(3, 128)
+def test_importance_per_value(device):
+    w, importance = torch.randn(3, 128).to(device), torch.rand(3, 128).to(device)
     for row in range(3):
         alone = decoded(w[row : row + 1], "optimal", 64, importance[row])
         assert torch.equal(decoded(w, "optimal", 64, importance)[row : row + 1], alone)

@@ -13,6 +13,14 @@ import torch
 from torch import Tensor
 
 import torch_onebit
+from torch_onebit.level_ops import (
+    RULES,
+    fake_quantize,
+    fake_quantize_affine,
+    fake_quantize_affine_backward,
+    fake_quantize_backward,
+    quantize_levels,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -59,7 +67,7 @@ class Row:
         verdict = "ok" if self.passed else "FAIL"
         name = str(self.dtype).removeprefix("torch.")
         errors = f"{self.error:9.1e} {self.allowed:9.1e}"
-        return f"{self.kernel:<22} {name:<9} {errors}  {verdict:<5}{speed}"
+        return f"{self.kernel:<27} {name:<9} {errors}  {verdict:<5}{speed}"
 
 
 def make_weights(rows: int, columns: int, dtype: torch.dtype, group_size: int = 64):
@@ -127,6 +135,40 @@ def exact_rows(dtype: torch.dtype, device: str) -> Iterator[Row]:
         yield Row(kernel, dtype, float((actual.cpu() != expected).sum()), 0)
 
 
+def level_rows(dtype: torch.dtype, device: str) -> Iterator[Row]:
+    """Choosing levels and training through them, each rule. Forward gives the CPU's bits."""
+    w, grad = torch.randn(2, 33, 384).to(dtype)
+    scales, biases = torch.randn(2, 33, 3)
+    calls = {
+        "fake_quantize_affine": (fake_quantize_affine, w, scales, biases),
+        "fake_quantize_affine, bwd": (fake_quantize_affine_backward, grad, w, scales, biases),
+    }
+    for rule in RULES:
+        calls[f"quantize, {rule}"] = (quantize_levels, w, rule)
+        calls[f"fake_quantize, {rule}"] = (fake_quantize, w, rule)
+        calls[f"fake_quantize, {rule}, bwd"] = (fake_quantize_backward, grad, w, rule)
+    for kernel, (op, *arguments) in calls.items():
+        moved = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
+        results = [op(*a, 128) for a in (arguments, moved)]
+        cpu, gpu = (r if isinstance(r, tuple) else (r,) for r in results)
+        backward = kernel.endswith("bwd")
+        error = max(
+            relative_error(b, a.double()) if backward else float((b.cpu() != a).sum())
+            for a, b in zip(cpu, gpu, strict=True)
+        )
+        yield Row(kernel, dtype, error, 2 * torch.finfo(dtype).eps if backward else 0)
+
+
+def flip_bits_row(device: str) -> Row:
+    """One block of coordinate descent; the error counts bits that differ."""
+    x, error = torch.randn(200, 256), torch.randn(33, 256)
+    moments, scales, bits = x.T @ x / 200, torch.rand(33, 4), torch.rand(33, 256) > 0.5
+    moved = [t.to(device, copy=True) for t in (bits, error, scales, moments)]
+    for arguments in ((bits, error, scales, moments), moved):
+        torch.ops.onebit.flip_bits_(*arguments, 64, 192, 64)
+    return Row("flip_bits_", torch.float32, float((moved[0].cpu() != bits).sum()), 0)
+
+
 def affine_grad_row(dtype: torch.dtype, device: str) -> Row:
     packed, *_, group_size = make_weights(71, 320, dtype)
     x, grad = torch.randn(40, 320).to(dtype), torch.randn(40, 71).to(dtype)
@@ -162,6 +204,7 @@ def rows(device: str, measure: bool = True) -> Iterator[Row]:
     torch.manual_seed(0)
     for dtype in DTYPES:
         yield from exact_rows(dtype, device)
+        yield from level_rows(dtype, device)
         for case in PRODUCTS:
             row = product_row(case, dtype, device)
             if measure and case.timed and dtype == torch.float16:
@@ -170,6 +213,7 @@ def rows(device: str, measure: bool = True) -> Iterator[Row]:
         for is_sorted in (False, True):
             yield gather_row(dtype, device, is_sorted)
         yield affine_grad_row(dtype, device)
+    yield flip_bits_row(device)
 
 
 def machine() -> str:
@@ -186,7 +230,7 @@ def run() -> None:
     if not torch.backends.mps.is_available():
         raise SystemExit("selftest needs an Apple GPU that torch can use, and found none")
     print(f"torch_onebit {torch_onebit.__version__}, torch {torch.__version__}, {machine()}")
-    print(f"{'kernel':<22} {'dtype':<9} {'error':>9} {'allowed':>9}  {'':<5}{'GB/s':>8}")
+    print(f"{'kernel':<27} {'dtype':<9} {'error':>9} {'allowed':>9}  {'':<5}{'GB/s':>8}")
     failed = 0
     for row in rows("mps"):
         print(row, flush=True)

@@ -126,8 +126,10 @@ void best_cuts(Lanes<Real>& lanes, Lanes<Real>* weights, int size, Cuts<Real>& c
     for (int i = 0; i + 1 < size; ++i) {
       below += (value(i) - mean) * weight(i);
       mass += weight(i);
-      // A side without importance divides 0 by 0: NaN is never better.
-      const V score = kWeighted ? below * below / (mass * (total - mass))
+      // No cut leaves a side without importance: its sum is rounding, divided by 0. (When it is the
+      // lower one, 0 / 0: NaN is never better.)
+      const V rest = total - mass;
+      const V score = kWeighted ? (rest > 0 ? below * below / (mass * rest) : V{} - 1)
                                 : below * below * (1 / (Real(i + 1) * Real(size - 1 - i)));
       threshold = score > best ? value(i) : threshold;
       best = score > best ? score : best;

@@ -79,14 +79,22 @@ class Pipelines {
 
  private:
   id<MTLComputePipelineState> create(id<MTLDevice> device, const Launch& launch) {
-    const uint32_t levels = static_cast<uint32_t>(launch.pipeline.levels);
-    const bool has_biases = launch.pipeline.has_biases, indexed = launch.pipeline.indexed;
+    const Pipeline& p = launch.pipeline;
+    const uint32_t levels = static_cast<uint32_t>(p.levels);
+    const uint32_t other = static_cast<uint32_t>(p.other);
+    const uint32_t group_words = p.group_words, rule = p.rule;
     MTLFunctionConstantValues* constants = [MTLFunctionConstantValues new];
     [constants setConstantValue:&levels type:MTLDataTypeUInt atIndex:kLevelTypeConstant];
-    [constants setConstantValue:&has_biases type:MTLDataTypeBool atIndex:kHasBiasesConstant];
-    [constants setConstantValue:&indexed type:MTLDataTypeBool atIndex:kIndexedConstant];
+    [constants setConstantValue:&p.has_biases type:MTLDataTypeBool atIndex:kHasBiasesConstant];
+    [constants setConstantValue:&p.indexed type:MTLDataTypeBool atIndex:kIndexedConstant];
+    [constants setConstantValue:&group_words type:MTLDataTypeUInt atIndex:kGroupWordsConstant];
+    [constants setConstantValue:&other type:MTLDataTypeUInt atIndex:kOtherTypeConstant];
+    [constants setConstantValue:&rule type:MTLDataTypeUInt atIndex:kRuleConstant];
+    [constants setConstantValue:&p.has_importance
+                           type:MTLDataTypeBool
+                        atIndex:kHasImportanceConstant];
 
-    const std::string name = function_name(launch.pipeline);
+    const std::string name = function_name(p);
     NSError* error = nil;
     id<MTLFunction> function =
         [library_ newFunctionWithName:[NSString stringWithUTF8String:name.c_str()]

@@ -22,11 +22,31 @@ enum class Kernel : uint8_t {
   kQvm,
   kSumPartials,
   kAffineGrad,
+  kQuantizeLevels,
+  kFakeQuantize,
+  kFakeQuantizeBackward,
+  kFakeQuantizeAffine,
+  kFakeQuantizeAffineBackward,
+  kFlipBits,
 };
 
 constexpr const char* kernel_name(Kernel kernel) {
-  constexpr const char* names[] = {"quantize",   "decode", "qmv", "qmv_wide",     "qmm",
-                                   "qmm_sorted", "qmm_n",  "qvm", "sum_partials", "affine_grad"};
+  constexpr const char* names[] = {"quantize",
+                                   "decode",
+                                   "qmv",
+                                   "qmv_wide",
+                                   "qmm",
+                                   "qmm_sorted",
+                                   "qmm_n",
+                                   "qvm",
+                                   "sum_partials",
+                                   "affine_grad",
+                                   "quantize_levels",
+                                   "fake_quantize",
+                                   "fake_quantize_backward",
+                                   "fake_quantize_affine",
+                                   "fake_quantize_affine_backward",
+                                   "flip_bits"};
   return names[static_cast<int>(kernel)];
 }
 
@@ -46,12 +66,19 @@ struct Pipeline {
   ValueType levels;  // of scales and biases
   bool has_biases;
   bool indexed;
+  // Of the kernels that own a group of real weights; 0 and float for the others.
+  uint8_t group_words = 0;
+  uint8_t rule = 0;                     // kRuleMinMax, ...
+  ValueType other = ValueType::kFloat;  // of fake-quantized weights and their gradient
+  bool has_importance = false;
 
   constexpr uint32_t key() const {
     return static_cast<uint32_t>(kernel) | static_cast<uint32_t>(type) << 4 |
            static_cast<uint32_t>(levels) << 6 | static_cast<uint32_t>(rows) << 8 |
            static_cast<uint32_t>(partial) << 12 | static_cast<uint32_t>(has_biases) << 13 |
-           static_cast<uint32_t>(indexed) << 14;
+           static_cast<uint32_t>(indexed) << 14 | static_cast<uint32_t>(group_words) << 15 |
+           static_cast<uint32_t>(rule) << 18 | static_cast<uint32_t>(other) << 20 |
+           static_cast<uint32_t>(has_importance) << 22;
   }
 };
 
@@ -258,13 +285,34 @@ constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu) {
   return plan;
 }
 
-// quantize, dequantize, embedding, affine_grad
+// quantize, fake_quantize and flip_bits_; dequantize, embedding, affine_grad
 // ---------------------------------------------------------------------------------------
 
-constexpr Launch plan_quantize(const QuantizeParams& p, ValueType type) {
-  return {{Kernel::kQuantize, type, 0, false, type, false, false},
-          {ceil_div(p.groups, kQuantizeSimdgroups), 1, 1},
-          kQuantizeSimdgroups * kLanes};
+// What a kernel that owns a group is compiled for, besides the dtype of w.
+struct GroupOptions {
+  int64_t group_size;
+  uint8_t rule = 0;
+  ValueType other = ValueType::kFloat;
+  ValueType levels = ValueType::kFloat;
+  bool has_importance = false;
+};
+
+constexpr Launch plan_groups(Kernel kernel,
+                             const GroupParams& p,
+                             ValueType type,
+                             const GroupOptions& options) {
+  return {{kernel, type, 0, false, options.levels, false, false,
+           static_cast<uint8_t>(options.group_size / kWordBits), options.rule, options.other,
+           options.has_importance},
+          {ceil_div(p.groups, kGroupSimdgroups), 1, 1},
+          kGroupSimdgroups * kLanes};
+}
+
+constexpr Launch plan_flip_bits(const FlipParams& p, int64_t group_size) {
+  return {{Kernel::kFlipBits, ValueType::kFloat, 0, false, ValueType::kFloat, false, false,
+           static_cast<uint8_t>(group_size / kWordBits)},
+          {ceil_div(p.rows, kFlipSimdgroups), 1, 1},
+          kFlipSimdgroups * kLanes};
 }
 
 // `rows` of the result: of embedding, the number of indices; of dequantize, one.
@@ -289,6 +337,7 @@ static_assert(gpu_of("Apple M3 Max").generation == 3 && gpu_of("Apple M3 Max").c
 static_assert(kSplitAlign % 128 == 0 && kSplitAlign % kTileK == 0, "a split is whole groups");
 static_assert(kTileWideN == kTileThreads, "qmm_n stores one column per thread");
 static_assert(kQvmSimdgroups == 8, "qvm reduces 8 of a lane's sums at a time");
+static_assert(static_cast<int>(Kernel::kFlipBits) < 16, "4 bits of a key");
 static_assert(sizeof(QmmParams) == 32 && sizeof(AffineGradParams) == 32, "no padding");
 
 }  // namespace onebit::mps

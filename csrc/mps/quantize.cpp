@@ -17,9 +17,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_mps(const Tensor& w, int64_t group_s
   auto scales = at::empty(shape.scales, w.options()), biases = at::empty(shape.scales, w.options());
   if (w.numel() == 0) return {packed, scales, biases};
   check_count("w", w);
-  const QuantizeParams params = {static_cast<uint32_t>(scales.numel()),
-                                 static_cast<uint32_t>(group_size / kWordBits)};
-  encode(Work{plan_quantize(params, type),
+  const GroupParams params = {static_cast<uint32_t>(scales.numel()), 1};
+  encode(Work{plan_groups(Kernel::kQuantize, params, type, {group_size}),
               {w.contiguous(), packed, scales, biases},
               &params,
               sizeof params});

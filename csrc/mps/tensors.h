@@ -8,12 +8,15 @@
 
 namespace onebit::mps {
 
+inline ValueType value_type(const char* name, at::ScalarType type) {
+  TORCH_CHECK_VALUE(type != at::kDouble, name, " must be float32, float16 or bfloat16 on mps, got ",
+                    type);
+  return type == at::kHalf       ? ValueType::kHalf
+         : type == at::kBFloat16 ? ValueType::kBFloat
+                                 : ValueType::kFloat;
+}
 inline ValueType value_type(const char* name, const Tensor& t) {
-  TORCH_CHECK_VALUE(t.scalar_type() != at::kDouble, name,
-                    " must be float32, float16 or bfloat16 on mps, got ", t.scalar_type());
-  return t.scalar_type() == at::kHalf       ? ValueType::kHalf
-         : t.scalar_type() == at::kBFloat16 ? ValueType::kBFloat
-                                            : ValueType::kFloat;
+  return value_type(name, t.scalar_type());
 }
 
 // The kernels count elements in 32 bits.

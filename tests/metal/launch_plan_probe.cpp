@@ -30,6 +30,17 @@ extern "C" __attribute__((visibility("default"))) void plan(const char* gpu_name
            plan.splits, plan.params.split_k, plan.sum.groups.x);
 }
 
+// The grid and the key of fake_quantize, by {groups, group size, rule, dtype of w, of the result}.
+extern "C" __attribute__((visibility("default"))) void group_plan(const int* p, uint32_t* out) {
+  const GroupParams params = {static_cast<uint32_t>(p[0]), 1};
+  const GroupOptions options = {p[1], static_cast<uint8_t>(p[2]), static_cast<ValueType>(p[4])};
+  const Launch l =
+      plan_groups(Kernel::kFakeQuantize, params, static_cast<ValueType>(p[3]), options);
+  out[0] = l.groups.x;
+  out[1] = l.threads;
+  out[2] = l.pipeline.key();
+}
+
 extern "C" __attribute__((visibility("default"))) void gpu(const char* name, int* out) {
   out[0] = gpu_of(name).generation;
   out[1] = static_cast<int>(gpu_of(name).cores);

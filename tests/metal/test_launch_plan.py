@@ -1,6 +1,7 @@
 """Which kernel runs on which grid, on every platform."""
 
 import ctypes
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -104,6 +105,25 @@ def test_sorted_rows_share_a_pass(probe, batches, matrices, is_sorted, kernel, w
         probe, 1, 64, 128, batches=batches, w_matrices=matrices, indexed=True, is_sorted=is_sorted
     )
     assert p.kernel == kernel
+
+
+def group_plan(probe, *values):
+    out = (ctypes.c_uint32 * 3)()
+    probe.group_plan((ctypes.c_int * len(values))(*values), out)
+    return tuple(out)
+
+
+@pytest.mark.parametrize(
+    "groups, threadgroups", [(1, 1), (8, 1), (9, 2), (2**26 - 1, 2**23)], ids=str
+)
+def test_a_simdgroup_owns_a_group(probe, groups, threadgroups):
+    assert group_plan(probe, groups, 128, 0, 0, 0)[:2] == (threadgroups, 256)
+
+
+def test_a_pipeline_is_compiled_for_each_group_size_rule_and_dtype(probe):
+    choices = itertools.product((32, 64, 128), range(4), range(3), range(3))
+    keys = {group_plan(probe, 1, *choice)[2] for choice in choices}
+    assert len(keys) == 3 * 4 * 3 * 3
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,11 @@ import torch
 from helpers import assert_as_accurate_as_torch, assert_qmm, make_weights, to_numpy, torch_qmm
 
 ops = torch.ops.onebit
+# run by test_mps_levels.py
+LEVEL_KERNELS = (
+    *("quantize_levels", "fake_quantize", "fake_quantize_backward"),
+    *("fake_quantize_affine", "fake_quantize_affine_backward"),
+)
 FLOATS = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat"}
 
 
@@ -80,13 +85,15 @@ def test_every_kernel_of_the_library_runs_in_these_tests():
     library = emulator.Library(
         sorted(emulator.toolchain.SHADERS.glob("*.metal")), [emulator.toolchain.SHADERS]
     )
-    covered = {
-        k.format(t) for *_, kernels in PRODUCTS for k in kernels for t in FLOATS.values()
-    } | {
-        f"{k}_{t}"
-        for k in ("qmm_sorted", "quantize", "decode", "affine_grad")
-        for t in FLOATS.values()
-    }
+    covered = (
+        {k.format(t) for *_, kernels in PRODUCTS for k in kernels for t in FLOATS.values()}
+        | {
+            f"{k}_{t}"
+            for k in ("qmm_sorted", "quantize", "decode", "affine_grad", *LEVEL_KERNELS)
+            for t in FLOATS.values()
+        }
+        | {"flip_bits_float"}
+    )
     covered -= {f"{k}_float_partial" for k in ("qmm", "qvm", "qmm_n")}
     assert set(library.kernels()) == covered
 
@@ -282,6 +289,7 @@ def test_flushed_subnormals_change_no_bit_of_quantize():
         np.zeros(4, np.float32),
     )
     params = np.array([4, 1], np.uint32)
+    library.set_constant(3, np.uint32(1))  # words of a group
     library.run(
         "quantize_float", {0: w, 4: params}, {1: packed, 2: scales, 3: biases}, (1,), (256,),
         flush_denormals=True,

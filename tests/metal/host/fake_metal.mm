@@ -96,18 +96,18 @@ void report(const std::string& message) {
 }  // namespace
 
 const Emulator& emulator() {
-  static const Emulator instance = [] {
-    const char* path = getenv("ONEBIT_EMULATOR");
-    void* library = path ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : nullptr;
-    TORCH_CHECK(library, "ONEBIT_EMULATOR must name the emulated kernels, got ", path ? path : "");
-    Emulator e;
-    e.kernel_name = reinterpret_cast<decltype(e.kernel_name)>(dlsym(library, "emu_kernel_name"));
-    e.set_function_constant = reinterpret_cast<decltype(e.set_function_constant)>(
-        dlsym(library, "emu_set_function_constant"));
-    e.run = reinterpret_cast<decltype(e.run)>(dlsym(library, "emu_run"));
-    return e;
-  }();
-  return instance;
+  static std::string loaded;  // tests of broken shaders change the library
+  static Emulator e;
+  const char* path = getenv("ONEBIT_EMULATOR");
+  if (path && loaded == path) return e;
+  void* library = path ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : nullptr;
+  TORCH_CHECK(library, "ONEBIT_EMULATOR must name the emulated kernels, got ", path ? path : "");
+  e.kernel_name = reinterpret_cast<decltype(e.kernel_name)>(dlsym(library, "emu_kernel_name"));
+  e.set_function_constant = reinterpret_cast<decltype(e.set_function_constant)>(
+      dlsym(library, "emu_set_function_constant"));
+  e.run = reinterpret_cast<decltype(e.run)>(dlsym(library, "emu_run"));
+  loaded = path;
+  return e;
 }
 
 const char* take_log() {
