@@ -20,6 +20,7 @@ class Shape:
     kv_heads: int = 8
     head_dim: int = 128
     vocabulary: int = 151936
+    context: int = 1024
 
 
 class Block(nn.Module):
@@ -37,21 +38,25 @@ class Block(nn.Module):
         self.gate = linear(s.hidden, s.intermediate, **options)
         self.up = linear(s.hidden, s.intermediate, **options)
         self.down = linear(s.intermediate, s.hidden, **options)
-        self.cache: tuple[Tensor, Tensor] | None = None
+        cache = torch.zeros(2, s.kv_heads, s.context, s.head_dim, dtype=torch.bfloat16)
+        self.register_buffer("cache", cache, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, position: int) -> Tensor:
+        s, tokens = self.shape, x.shape[0]
         h = self.norm1(x)
         q, k, v = (
-            p(h).unflatten(-1, (-1, self.shape.head_dim)).transpose(-2, -3)
-            for p in (self.q, self.k, self.v)
+            p(h).unflatten(-1, (-1, s.head_dim)).transpose(-2, -3) for p in (self.q, self.k, self.v)
         )
-        prefill = self.cache is None
-        if not prefill:
-            k, v = (torch.cat(pair, -2) for pair in zip(self.cache, (k, v), strict=True))
-        self.cache = k, v
-        h = F.scaled_dot_product_attention(
-            q[None], k[None], v[None], is_causal=prefill, enable_gqa=True
-        )[0]
+        end = position + tokens
+        self.cache[0, :, position:end], self.cache[1, :, position:end] = k, v
+        if position == 0:
+            h = F.scaled_dot_product_attention(
+                q[None], k[None], v[None], is_causal=True, enable_gqa=True
+            )
+        else:  # one token: the query heads that share keys are rows of one product
+            keys, values = self.cache[:, None, :, :end]
+            h = F.scaled_dot_product_attention(q.view(1, s.kv_heads, -1, s.head_dim), keys, values)
+        h = h.reshape(-1, tokens, s.head_dim)
         x = x + self.o(h.transpose(-2, -3).flatten(-2))
         h = self.norm2(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
@@ -63,10 +68,13 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(shape, linear) for _ in range(shape.layers))
         self.head = linear(shape.hidden, shape.vocabulary, bias=False, dtype=torch.bfloat16)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Hidden states ``[tokens, hidden]`` to the logits of the last one."""
+    def forward(self, x: Tensor, position: int) -> Tensor:
+        """Hidden states ``[tokens, hidden]`` to the logits of the last one.
+
+        Either all of a prompt, position 0, or one token after it.
+        """
         for block in self.blocks:
-            x = block(x)
+            x = block(x, position)
         return self.head(x[-1:])
 
 
@@ -88,14 +96,15 @@ def measure_model(prompt: int = 512, tokens: int = 16) -> list[dict[str, object]
             model = Decoder(Shape(), linear)
             added = prepack_(model).bytes_added if "prepacked" in name else 0
             x = torch.randn(prompt, Shape.hidden).bfloat16()
-            model(x[:8])
-            for block in model.blocks:
-                block.cache = None
-            prefill = _seconds(lambda model=model, x=x: model(x))
-            model(x[:1])
-            steps = [_seconds(lambda model=model, x=x: model(x[:1])) for _ in range(tokens)]
+            model(x[:8], 0)
+            prefill = _seconds(lambda model=model, x=x: model(x, 0))
+            model(x[:1], prompt)
+            steps = [
+                _seconds(lambda model=model, x=x, i=i: model(x[:1], prompt + i))
+                for i in range(tokens)
+            ]
         decode = sorted(steps)[tokens // 2]
-        nbytes = added + sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+        nbytes = added + sum(t.nbytes for t in model.state_dict().values())
         rows.append(
             {
                 "name": name,
