@@ -12,7 +12,7 @@ from tqdm import tqdm
 from torch_onebit.bench import suites
 from torch_onebit.bench.limits import measure_limits
 from torch_onebit.bench.model import measure_model
-from torch_onebit.bench.report import draw_charts, print_report, write_json
+from torch_onebit.bench.report import Results, draw_charts, print_report, write_json
 
 Suites = dict[str, tuple[str, Callable[[argparse.Namespace], list[dict[str, object]]]]]
 
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("bench"), help="folder of the results")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Measure, print a table, write JSON and, where matplotlib is installed, two charts."""
+def measure(arguments: argparse.Namespace) -> Results:
+    """Run the chosen suites, all of them if none is named."""
     chosen = arguments.suites or list(SUITES)
     if unknown := [name for name in chosen if name not in SUITES]:
         raise SystemExit(f"suite must be one of {', '.join(SUITES)}, got {', '.join(unknown)}")
@@ -63,11 +63,17 @@ def run(arguments: argparse.Namespace) -> None:
         for name in tqdm(chosen, desc="bench"):
             title, suite = SUITES[name]
             results["suites"][title] = suite(arguments)
+    return results
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, print a table, write JSON and, where matplotlib is installed, two charts."""
+    results = measure(arguments)
     print_report(results)
     path = arguments.output / "bench.json"
     write_json(results, path)
     print(f"\nwritten: {path}")
-    if "batches" not in chosen:
+    if SUITES["batches"][0] not in results["suites"]:
         return
     if importlib.util.find_spec("matplotlib"):
         for chart in draw_charts(results, arguments.output):

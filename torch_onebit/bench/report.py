@@ -14,8 +14,12 @@ def print_report(results: Results) -> None:
         f"float32 FMA peak {limits['macs_per_second'] / 1e9:.1f} GMAC/s"
     )
     for title, rows in results["suites"].items():
-        print(f"\n{title}")
-        _print_table([_line(row) for row in rows])
+        print(f"\n{title}\n{markdown(rows)}")
+
+
+def markdown(rows: list[dict[str, object]]) -> str:
+    """One suite as a table."""
+    return _table([_line(row) for row in rows])
 
 
 def _line(row: dict[str, object]) -> dict[str, str]:
@@ -33,14 +37,13 @@ def _line(row: dict[str, object]) -> dict[str, str]:
     return shown
 
 
-def _print_table(lines: list[dict[str, str]]) -> None:
+def _table(lines: list[dict[str, str]]) -> str:
     columns = list(dict.fromkeys(key for line in lines for key in line))
     rows = [columns, ["---"] * len(columns)]
     rows += [[line.get(column, "") for column in columns] for line in lines]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("| " + " | ".join(cells) + " |")
+    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in padded)
 
 
 def write_json(results: Results, path: Path) -> None:
