@@ -221,6 +221,15 @@ def test_calibrate_takes_options_per_layer_and_other_batches():
     assert net.first.group_size == 64 and net.middle.group_size == 32
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_calibrate_rejects_group_sizes_before_it_starts(late):
+    net, batches = net_and_batches()
+    options = {"filter_fn": lambda m, n: n != "last" or {"group_size": 16}} if late else {}
+    with pytest.raises(ValueError, match="group_size must be 32, 64 or 128, got 16"):
+        calibrate_(net, batches, group_size=32 if late else 16, progress=False, **options)
+    assert not any(isinstance(m, OneBitLinear | OneBitEmbedding) for m in net.modules())
+
+
 def test_calibrate_rejects_no_batches():
     with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):
         calibrate_(Net(), [])

@@ -158,6 +158,25 @@ def test_filter_chooses_layers_and_options():
     assert model.body.rule == "sign" and model.head.rule == "mean"
 
 
+REFUSED = [  # what the filter returns for the last layer
+    ({"bits": 2}, "filter_fn must return options among"),
+    ({"rule": "best"}, "rule must be one of"),
+    ({"group_size": 48}, "group_size must be 32, 64 or 128, got 48"),
+    ({"symmetric": True}, "rule must be sign for symmetric weights, got mean"),
+    ({"rule": "learnable"}, "rule must be mean, .* for a parametrized weight, got learnable"),
+]
+
+
+@pytest.mark.parametrize("options, message", REFUSED, ids=[row[1] for row in REFUSED])
+def test_refused_request_changes_nothing(options, message):
+    net = Net()
+    parametrizations.weight_norm(net.head)
+    before = dict(net.named_modules())
+    with pytest.raises(ValueError, match=message):
+        prepare_qat_(net, group_size=32, filter_fn=lambda m, n: n != "head" or options)
+    assert dict(net.named_modules()) == before
+
+
 def test_a_layer_used_twice_stays_one():
     shared = nn.Linear(64, 64)
     model = prepare_qat_(nn.Sequential(shared, nn.ReLU(), shared), group_size=32)

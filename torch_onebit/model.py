@@ -7,7 +7,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
-from torch_onebit.packing import GROUP_SIZES
 from torch_onebit.report import QuantizeReport
 from torch_onebit.surgery import FilterFn, layer_options, obstacle, places
 
@@ -111,8 +110,6 @@ def _choose(
         options = layer_options(filter_fn, layer, name, defaults)
         if options is None:
             continue
-        if options["group_size"] not in GROUP_SIZES:
-            raise ValueError(f"group_size must be 32, 64 or 128, got {options['group_size']}")
         reason = obstacle(layer, options["group_size"])
         if reason:
             report.skip(name, reason)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from torch_onebit.packing import GROUP_SIZES
+
 FilterFn = Callable[[nn.Module, str], "bool | dict[str, Any]"]
 
 
@@ -15,17 +17,22 @@ def layer_options(
     """The options that filter_fn wants for a layer, completed by defaults; None: leave the layer.
 
     Raises:
-        ValueError: filter_fn returned an option that defaults does not know.
+        ValueError: filter_fn returned an option that defaults does not know, or a group size that
+            the format does not.
     """
     accepted = filter_fn(layer, name) if filter_fn else True
-    if not isinstance(accepted, dict):
-        return dict(defaults) if accepted else None
-    unknown = accepted.keys() - defaults.keys()
+    if not accepted and not isinstance(accepted, dict):
+        return None
+    chosen = accepted if isinstance(accepted, dict) else {}
+    unknown = chosen.keys() - defaults.keys()
     if unknown:
         raise ValueError(
             f"filter_fn must return options among {sorted(defaults)}, got {sorted(unknown)}"
         )
-    return {**defaults, **accepted}
+    options = {**defaults, **chosen}
+    if options["group_size"] not in GROUP_SIZES:
+        raise ValueError(f"group_size must be 32, 64 or 128, got {options['group_size']}")
+    return options
 
 
 def places(

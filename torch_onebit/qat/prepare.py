@@ -1,5 +1,6 @@
 """prepare_qat_ and convert_: a float model into 1-bit training, and from there to packed."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,18 +63,11 @@ def prepare_qat_(
             f"model must contain the layers to swap, got {type(model).__name__} itself"
         )
     defaults = {"rule": rule, "group_size": group_size, "symmetric": symmetric}
+    chosen = list(_choose(model, filter_fn, defaults))  # all decided before any is swapped
     swapped: dict[int, nn.Module] = {}
     first: dict[int, LatentModule] = {}  # by identity of the weight it was made from
-    for name, parent, attribute, layer in list(places(model, lambda m: bool(_float_layer(m)))):
-        options = layer_options(filter_fn, layer, name, defaults)
-        if options is None:
-            continue
+    for parent, attribute, layer, options in chosen:
         if id(layer) not in swapped:
-            if isinstance(layer, OneBitModule):
-                options["group_size"] = layer.group_size
-            elif obstacle(layer, options["group_size"]):
-                continue
-            check_rule(**options)
             swapped[id(layer)] = new = _prepare(layer, options)
             if isinstance(new, LatentModule):
                 owner = first.setdefault(id(layer.weight), new)
@@ -133,14 +127,30 @@ def _is_prepared(module: nn.Module) -> bool:
     )
 
 
+def _choose(
+    model: nn.Module, filter_fn: FilterFn | None, defaults: dict[str, Any]
+) -> Iterator[tuple[nn.Module, str, nn.Module, dict[str, Any]]]:
+    """The places to swap, each with its options, which are legal."""
+    for name, parent, attribute, layer in places(model, lambda m: bool(_float_layer(m))):
+        options = layer_options(filter_fn, layer, name, defaults)
+        if options is None:
+            continue
+        if isinstance(layer, OneBitModule):
+            options["group_size"] = layer.group_size
+        elif obstacle(layer, options["group_size"]):
+            continue
+        check_rule(**options)
+        if _parametrized(layer) and (options["rule"] == "learnable" or options["symmetric"]):
+            raise ValueError(
+                "rule must be mean, sign, optimal or minmax, not symmetric, for a parametrized "
+                f"weight, got {options['rule']}, symmetric={options['symmetric']}"
+            )
+        yield parent, attribute, layer, options
+
+
 def _prepare(layer: nn.Module, options: dict[str, Any]) -> nn.Module:
     if not _parametrized(layer):
         return _QAT_LAYERS[type(layer)](layer, **options)
-    if options["rule"] == "learnable" or options["symmetric"]:
-        raise ValueError(
-            "rule must be mean, sign, optimal or minmax, not symmetric, for a parametrized "
-            f"weight, got {options['rule']}, symmetric={options['symmetric']}"
-        )
     parametrization = FakeQuantize(options["rule"], options["group_size"])
     parametrize.register_parametrization(layer, "weight", parametrization)
     return layer
