@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from torch_onebit.methods import check_method
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
 from torch_onebit.report import QuantizeReport
 from torch_onebit.surgery import FilterFn, layer_options, obstacle, places
@@ -110,6 +111,9 @@ def _choose(
         options = layer_options(filter_fn, layer, name, defaults)
         if options is None:
             continue
+        if options["method"] == "calibrated":
+            raise ValueError("method must need no moments (use calibrate_), got calibrated")
+        check_method(options["method"], options["symmetric"])
         reason = obstacle(layer, options["group_size"])
         if reason:
             report.skip(name, reason)
