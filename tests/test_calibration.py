@@ -221,6 +221,79 @@ def test_calibrate_takes_options_per_layer_and_other_batches():
     assert net.first.group_size == 64 and net.middle.group_size == 32
 
 
+class Block(nn.Module):
+    """Returns a tuple, changes its input in place, holds a chain of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+        self.passes = 0
+
+    def forward(self, x, mask, cache=None):
+        self.passes += 1
+        x += 0.5 * self.body(x * mask)
+        return x, mask
+
+
+class Chain(nn.Module):
+    """Blocks in a row; `between` is what happens to a hidden state, mask and cache on the way."""
+
+    def __init__(self, between=lambda x, mask: (x, mask, None)) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 64)
+        self.blocks = nn.ModuleList(Block() for _ in range(6))
+        self.head = nn.Linear(64, 32)
+        self.between = between
+
+    def forward(self, tokens):
+        x, mask = self.embedding(tokens), (tokens > 3)[..., None]
+        for block in self.blocks:
+            x, mask, cache = self.between(x, mask)
+            x, _ = block(x, mask, cache=cache)
+        return self.head(x)
+
+
+CHAINS = [
+    ("one tensor handed on", lambda x, mask: (x, mask, None), True),
+    ("the sum of two tensors", lambda x, mask: (x + 1, mask, None), False),
+    ("changed in place on the way", lambda x, mask: (x.add_(1), mask, None), False),
+    ("another mask for every block", lambda x, mask: (x, mask.clone(), None), False),
+    ("a mask changed in place", lambda x, mask: (x, mask.logical_not_(), None), False),
+    ("a cache that may change", lambda x, mask: (x, mask, {"keys": object()}), False),
+    ("equal numbers and strings", lambda x, mask: (x, mask, {"a": [1, "b", None]}), True),
+]
+
+
+@pytest.mark.parametrize("why, between, expected", CHAINS, ids=[row[0] for row in CHAINS])
+def test_blocks_of_a_chain_run_on_their_own_and_nothing_else_changes(
+    why, between, expected, monkeypatch
+):
+    net, batches = Chain(between).eval(), [torch.randint(50, (8, 12)) for _ in range(2)]
+    from_start = copy.deepcopy(net)
+    report = calibrate_(net, batches, group_size=32, progress=False)
+    assert report.chains == (["blocks"] if expected else []) + [
+        f"blocks.{i}.body" for i in range(6)
+    ]
+    assert ("blocks" in str(report)) or not expected
+    monkeypatch.setattr("torch_onebit.calibration.model.find_chains", lambda *_: [])
+    calibrate_(from_start, batches, group_size=32, progress=False)
+    for name, value in from_start.state_dict().items():
+        assert torch.equal(net.state_dict()[name], value), name
+    passes = [block.passes for block in net.blocks]
+    assert (passes[0] == passes[-2]) == expected, passes  # no more for blocks that come first
+
+
+def test_calibrate_resumes_inside_a_chain(tmp_path):
+    net, batches = Chain().eval(), [torch.randint(50, (8, 12)) for _ in range(2)]
+    whole, resumed = copy.deepcopy(net), copy.deepcopy(net)
+    calibrate_(whole, batches, group_size=32, checkpoint=tmp_path, progress=False)
+    for path in sorted(tmp_path.glob("*.pt"))[7:]:
+        path.unlink()
+    calibrate_(resumed, batches, group_size=32, checkpoint=tmp_path, progress=False)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_calibrate_rejects_group_sizes_before_it_starts(late):
     net, batches = net_and_batches()

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from torch_onebit import ops
-from torch_onebit.calibration.moments import Moments, collect, run
+from torch_onebit.calibration.moments import Moments, collect
+from torch_onebit.calibration.passes import Call, Passes, as_call, find_chains, run
 from torch_onebit.calibration.report import CalibrationReport, CalibrationRow
 from torch_onebit.calibration.solver import Options, damped, quantize_calibrated
 from torch_onebit.methods import check_method, quantize_weight
@@ -42,9 +43,12 @@ def calibrate_(
     mean of its outputs in it. nn.Embedding, linear layers that share their weight and those that
     batches never reach are quantized by method "optimal" first. Deterministic.
 
-    A few dozen batches are enough. Time: a forward pass of two models up to each layer, per batch,
-    and the solver's cost (``quantize_calibrated``). Memory: a second copy of the model, and the
-    moments of one layer at a time, 16 k^2 bytes.
+    A few dozen batches are enough. Time per layer: per batch, a forward pass of two models up to
+    it, and the solver's cost (``quantize_calibrated``). Where blocks run as a chain, as in most
+    transformers, the pass is that of one block; the report names the chains. A cache of keys and
+    values passed on from block to block breaks them: switch it off (``use_cache=False``). Memory: a
+    second copy of the model, the moments of one layer, 16 k^2 bytes, and the inputs of one block of
+    both models for all batches.
 
     Args:
         model: on any device the operators run on; evaluated in eval mode, its mode is kept.
@@ -63,8 +67,8 @@ def calibrate_(
             another model or other options.
     """
     check_method("calibrated", symmetric)
-    batches = list(batches)
-    if not batches:
+    calls = [as_call(batch) for batch in batches]
+    if not calls:
         raise ValueError("batches must hold at least one batch, got none")
     options = options or Options()
     report = CalibrationReport()
@@ -72,13 +76,18 @@ def calibrate_(
     training = model.training
     model.eval()
     reference = copy.deepcopy(model)
-    order = _order_of_use(model, batches[0])
+    order = _order_of_use(model, calls[0])
+    report.chains = find_chains(model, calls[0])
+    passes = [
+        Passes(m, calls, [m.get_submodule(name) for name in report.chains])
+        for m in (reference, model)
+    ]
     # Layers without inputs of their own come first: what they do is what the others make up for.
     data_free = [job for job in jobs if job.reason(order)]
     calibrated = sorted(
         (job for job in jobs if not job.reason(order)), key=lambda job: order[id(job.layer)]
     )
-    store = _Store(checkpoint, options, len(batches))
+    store = _Store(checkpoint, options, len(calls))
     bar = tqdm(total=len(jobs), desc="calibrate", unit="layer", disable=None if progress else True)
     for index, job in enumerate(data_free + calibrated):
         bar.set_postfix_str(job.name, refresh=False)
@@ -89,7 +98,7 @@ def calibrate_(
                 result = _optimal(job, job.reason(order))
             else:
                 twin = reference.get_submodule(job.name)
-                moments = collect(reference, twin, model, job.layer, batches)
+                moments = collect(passes[0], twin, passes[1], job.layer)
                 result = _calibrate(job, moments, options)
             result.seconds = time.perf_counter() - start
             store.save(index, job, result)
@@ -226,7 +235,7 @@ def _jobs(
     return list(jobs.values())
 
 
-def _order_of_use(model: nn.Module, batch: Any) -> dict[int, int]:
+def _order_of_use(model: nn.Module, call: Call) -> dict[int, int]:
     """The order in which linear layers first run, by identity."""
     order: dict[int, int] = {}
 
@@ -236,7 +245,7 @@ def _order_of_use(model: nn.Module, batch: Any) -> dict[int, int]:
     layers = [module for module in model.modules() if type(module) is nn.Linear]
     handles = [layer.register_forward_hook(hook) for layer in layers]
     try:
-        run(model, batch)
+        run(model, call)
     finally:
         for handle in handles:
             handle.remove()

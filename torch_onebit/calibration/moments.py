@@ -1,40 +1,9 @@
-"""Running a float model and its half-quantized copy side by side, up to one layer."""
-
-from collections.abc import Callable, Iterable
-from typing import Any
+"""What calibration knows of a layer's inputs, in a float model and in its half-quantized copy."""
 
 import torch
 from torch import Tensor, nn
 
-
-class _Reached(Exception):
-    """Stops a forward pass once the layer of interest has run."""
-
-
-@torch.no_grad()
-def run(model: nn.Module, batch: Any) -> Any:
-    """model on one batch: a tensor, a tuple of arguments or a dict of keyword arguments."""
-    if isinstance(batch, dict):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    return model(batch)
-
-
-def run_to(model: nn.Module, layer: nn.Module, batch: Any, seen: Callable[..., None]) -> None:
-    """Run model on batch until layer has run; call ``seen(input, output)`` there."""
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen(args[0], output)
-        raise _Reached
-
-    handle = layer.register_forward_hook(hook)
-    try:
-        run(model, batch)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
+from torch_onebit.calibration.passes import Passes, run_to
 
 
 class Moments:
@@ -86,22 +55,20 @@ class Moments:
 
 
 def collect(
-    reference: nn.Module,
-    reference_layer: nn.Linear,
-    model: nn.Module,
-    layer: nn.Linear,
-    batches: Iterable[Any],
+    reference: Passes, reference_layer: nn.Linear, model: Passes, layer: nn.Linear
 ) -> Moments:
     """Moments of a layer over batches; the model's layer sees what the layers before made of it."""
     moments = Moments(*layer.weight.shape, layer.weight.device)
-    for batch in batches:
+    module_0, calls_0 = reference.reach(reference_layer)
+    module_q, calls_q = model.reach(layer)
+    for call_0, call_q in zip(calls_0, calls_q, strict=True):
         seen: list[tuple[Tensor, Tensor]] = []
 
         def remember(x: Tensor, y: Tensor, seen: list = seen) -> None:
             seen.append((x, y))
 
-        run_to(reference, reference_layer, batch, remember)
-        run_to(model, layer, batch, remember)
+        run_to(module_0, reference_layer, call_0, remember)
+        run_to(module_q, layer, call_q, remember)
         (x_0, y_0), (x_q, _) = seen
         moments.add(x_0, y_0, x_q)
     return moments
