@@ -14,7 +14,10 @@ from torch_onebit import (
     calibrate_,
     quantize_,
     quantize_weight,
+    thaw_levels_,
+    thaw_lora_,
 )
+from torch_onebit.calibration.passes import as_call, run_to
 
 
 def correlated(rows: int, columns: int) -> torch.Tensor:
@@ -283,6 +286,39 @@ def test_blocks_of_a_chain_run_on_their_own_and_nothing_else_changes(
     assert (passes[0] == passes[-2]) == expected, passes  # no more for blocks that come first
 
 
+class Residual(nn.Module):
+    """x + layer(x), in one of the ways people write it."""
+
+    def __init__(self, add) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+        self.add = add
+
+    def forward(self, x):
+        return self.add(x, self.layer(torch.tanh(x)))
+
+
+ADDITIONS = [
+    ("x + y", lambda x, y: x + y, True),
+    ("y + x", lambda x, y: y + x, True),
+    ("in place, into the output", lambda x, y: y.add_(x), True),
+    ("in place, into the residual", lambda x, y: x.__iadd__(y), True),
+    ("after dropout", lambda x, y: x + nn.functional.dropout(y, training=False), True),
+    ("not the output itself", lambda x, y: x + 1 * y, False),
+    ("a vector", lambda x, y: y + x[0, 0], False),
+]
+
+
+@pytest.mark.parametrize("why, add, expected", ADDITIONS, ids=[row[0] for row in ADDITIONS])
+def test_errors_of_a_residual_are_made_up_for(why, add, expected):
+    block, x = Residual(add).eval(), torch.randn(2, 3, 64)
+    _, y, residual = run_to(block, block.layer, as_call(x.clone()))
+    assert torch.equal(y, block.layer(torch.tanh(x)))
+    assert (residual is not None) == expected
+    assert not expected or torch.equal(residual, x)
+    assert torch.is_grad_enabled()
+
+
 def test_calibrate_resumes_inside_a_chain(tmp_path):
     net, batches = Chain().eval(), [torch.randint(50, (8, 12)) for _ in range(2)]
     whole, resumed = copy.deepcopy(net), copy.deepcopy(net)
@@ -292,6 +328,26 @@ def test_calibrate_resumes_inside_a_chain(tmp_path):
     calibrate_(resumed, batches, group_size=32, checkpoint=tmp_path, progress=False)
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_calibrated_low_rank_products_lower_the_error_and_train(tmp_path):
+    net, batches = net_and_batches()
+    plain, better, resumed = (copy.deepcopy(net) for _ in range(3))
+    before = calibrate_(plain, batches, group_size=32, progress=False)
+    options = {"group_size": 32, "lora_rank": 4, "checkpoint": tmp_path, "progress": False}
+    report = calibrate_(better, batches, **options)
+    for old, new in zip(before.layers, report.layers, strict=True):
+        assert old.output_error is None or new.output_error < 0.9 * old.output_error
+    assert distance(net, better, batches) < 0.9 * distance(net, plain, batches)
+    calibrate_(resumed, batches, **options)
+    for name, value in better.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    thaw_lora_(thaw_levels_(better.requires_grad_(False)))
+    better(batches[0]).square().sum().backward()
+    trained = {name.rpartition(".")[2] for name, p in better.named_parameters() if p.requires_grad}
+    assert trained == {"scales", "biases", "lora_a", "lora_b"}
+    with pytest.raises(ValueError, match="lora_rank must be 0 or more, got -1"):
+        calibrate_(net, batches, lora_rank=-1)
 
 
 @pytest.mark.parametrize("late", [False, True])

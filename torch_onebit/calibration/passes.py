@@ -6,13 +6,14 @@ are those of the block before, run once more with its layers as they are by now.
 reached in the order they run.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
 
@@ -37,14 +38,59 @@ def run(module: nn.Module, call: Call) -> Any:
     return module(*args, **kwargs)
 
 
-def run_to(module: nn.Module, layer: nn.Module, call: Call, seen: Callable[..., None]) -> None:
-    """Run module until layer has run; call ``seen(input, output)`` there, once at most."""
+def run_to(module: nn.Module, layer: nn.Module, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run module until layer has run for the first time.
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen(args[0], output)
-        raise _Reached
+    Returns (input, output, residual): the residual is what the output is added to, or None when the
+    next thing that happens to the output is something else.
+    """
+    seen: list[Tensor] = []
 
-    _run_with(module, call, layer.register_forward_hook(hook))
+    def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.extend((args[0], output))
+        mode.output = output
+
+    handle = layer.register_forward_hook(hook)
+    mode = _NextAddition()
+    try:
+        with mode:
+            run(module, call)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return seen[0], seen[1], mode.residual
+
+
+class _NextAddition(TorchFunctionMode):
+    """Stops at the first operation that makes something of ``output``; notes what it adds to it."""
+
+    output: Tensor | None = None
+    residual: Tensor | None = None
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if self.output is not None and function in _ADDITIONS and not kwargs and len(args) == 2:
+            others = [t for t in args if t is not self.output and isinstance(t, Tensor)]
+            if len(others) == 1 and others[0].shape == self.output.shape:
+                self.residual = others[0]
+                raise _Reached
+        result = function(*args, **(kwargs or {}))
+        # Dropout in eval mode and a look at the shape make nothing of it.
+        if self.output is not None and isinstance(result, Tensor) and result is not self.output:
+            raise _Reached
+        return result
+
+
+_ADDITIONS = {
+    torch.add,
+    Tensor.add,
+    Tensor.__add__,
+    Tensor.__radd__,
+    Tensor.add_,
+    Tensor.__iadd__,
+}
 
 
 def inputs_of(module: nn.Module, block: nn.Module, call: Call) -> Call:
@@ -55,17 +101,14 @@ def inputs_of(module: nn.Module, block: nn.Module, call: Call) -> Call:
         calls.append((args, kwargs))
         raise _Reached
 
-    _run_with(module, call, block.register_forward_pre_hook(hook, with_kwargs=True))
-    return calls[0]
-
-
-def _run_with(module: nn.Module, call: Call, handle: Any) -> None:
+    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         run(module, call)
     except _Reached:
         pass
     finally:
         handle.remove()
+    return calls[0]
 
 
 class Passes:
