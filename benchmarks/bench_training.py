@@ -42,8 +42,7 @@ class Protocol:
     seeds: tuple[int, ...]
     batch: int = 32
     learning_rate: float = 4e-3
-    more_learning_rate: float = 2e-3
-    frozen_bits_learning_rate: float = 4e-3
+    more_learning_rate: float = 2e-3  # of float32 and of QAT from its weights
     calibration_batches: int = 32
 
 
@@ -130,6 +129,10 @@ class Bench:
         print(report)
         return model
 
+    def from_calibrated(self) -> dict[str, float]:
+        """Options of training from calibrated bits: the float model's own rate, no decay."""
+        return {"learning_rate": self.protocol.learning_rate, "weight_decay": 0.0}
+
     def distillation(self) -> torch_onebit.Distillation:
         return torch_onebit.Distillation(self.start(), weight=0.5)
 
@@ -170,7 +173,8 @@ def qat(rule: str, *, start: str = "float32", distill: bool = False) -> Callable
             model, rule=rule, group_size=bench.protocol.group_size, filter_fn=in_blocks
         )
         loss_fn = bench.distillation() if distill else None
-        result = bench.train_on(model, loss_fn=loss_fn)
+        recipe = {} if start == "float32" else bench.from_calibrated()
+        result = bench.train_on(model, loss_fn=loss_fn, **recipe)
         result.converted = bench.evaluate(torch_onebit.convert_(model, dtype=torch.float16))
         return result
 
@@ -185,8 +189,7 @@ def frozen_bits(rank: int, distill: bool = False) -> Callable[[Bench], Outcome]:
         torch_onebit.thaw_levels_(model)
         torch_onebit.thaw_lora_(model)
         loss_fn = bench.distillation() if distill else None
-        rate = bench.protocol.frozen_bits_learning_rate
-        return bench.train_on(model, weight_decay=0.0, learning_rate=rate, loss_fn=loss_fn)
+        return bench.train_on(model, loss_fn=loss_fn, **bench.from_calibrated())
 
     return run
 

@@ -170,25 +170,18 @@ def train(
     weight_decay: float = 0.1,
     seed: int = 0,
     loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-    rate: Callable[[str], float] | None = None,
     title: str = "train",
 ) -> list[float]:
     """Train every parameter that requires grad; AdamW, warm-up, cosine. Returns the loss per step.
 
-    loss_fn takes (logits, targets, tokens); the default is the cross entropy of the targets. rate
-    gives the learning rate of a parameter, by name, as a factor of learning_rate.
+    loss_fn takes (logits, targets, tokens); the default is the cross entropy of the targets.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {
-            "params": [p],
-            "lr": learning_rate * (rate(name) if rate else 1.0),
-            "weight_decay": weight_decay if p.dim() >= 2 else 0.0,
-        }
-        for name, p in model.named_parameters()
-        if p.requires_grad
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), fused=True)
     warmup = max(1, steps // 20) if warmup is None else warmup
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warmup_cosine(step, steps, warmup)

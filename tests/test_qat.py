@@ -148,14 +148,6 @@ def test_packed_models_train_on_from_what_they_are(rule, tied):
     torch.testing.assert_close(convert_(model)(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_latent_weights_of_packed_layers_keep_their_bits_and_a_margin():
-    packed = OneBitLinear.from_linear(nn.Linear(64, 8), group_size=32)
-    layer = QATLinear(packed, rule="learnable", group_size=32)
-    assert torch.equal(layer.quantize()[0], packed.weight)
-    middle = (layer.biases + layer.scales / 2).repeat_interleave(32, 1)
-    torch.testing.assert_close(layer.weight - middle, 2 * (packed.dequantize() - middle))
-
-
 def test_filter_chooses_layers_and_options():
     model = prepare_qat_(
         Net(),

@@ -17,11 +17,6 @@ from torch_onebit.qat.function import latent_linear
 
 QAT_RULES = (*RULES, "learnable")
 
-# Latent weights of a packed layer start this many times as far from the threshold as their levels
-# are. Only the side counts, so outputs stay; what changes is how soon bits flip: with 2, the
-# learning rate that is best for levels and everything else is best for them too.
-MARGIN = 2.0
-
 
 class LatentModule(nn.Module):
     """What QATLinear and QATEmbedding have in common: latent weights and a rule for their levels.
@@ -51,10 +46,6 @@ class LatentModule(nn.Module):
             scales, biases = first_levels(self.weight.detach(), group_size, source)
             self.scales = nn.Parameter(scales)
             self.biases = nn.Parameter(biases)
-            if isinstance(source, OneBitModule):
-                threshold = (biases + scales / 2).repeat_interleave(group_size, 1)
-                with torch.no_grad():
-                    self.weight.lerp_(threshold, 1 - MARGIN)
 
     @torch.no_grad()
     def quantize(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -84,7 +75,7 @@ class QATLinear(LatentModule):
     Args:
         linear: its ``weight`` and ``bias`` parameters are taken over, not copied. An
             ``OneBitLinear`` starts from its weights as they are: latent weights at their levels,
-            and with rule "learnable" its scales and biases (latent weights further apart).
+            and with rule "learnable" its scales and biases.
         rule: "mean", "sign", "optimal", "minmax" or "learnable" (free scales and biases).
         group_size: 32, 64 or 128.
         symmetric: convert to the form without biases; rule "sign" only.

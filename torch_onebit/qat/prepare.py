@@ -39,7 +39,7 @@ def prepare_qat_(
     weights stay tied. A layer whose weight is parametrized keeps its class and gets one more
     parametrization. Layers that the format cannot hold are left as they are.
 
-    Packed layers get latent weights again, on the same bits, and keep their group size:
+    Packed layers get latent weights again, at their levels, and keep their group size:
     ``calibrate_`` and then ``prepare_qat_(rule="learnable")`` is the best start there is.
 
     Args:
