@@ -8,11 +8,14 @@ says more. --write puts the tables into docs/which_method.md.
 """
 
 import argparse
+import copy
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -125,6 +128,26 @@ def solver() -> str:
     return pages.table(header, rows)
 
 
+def passes() -> str:
+    """calibrate_, one round of the solver: running block by block, and always from the start."""
+    calibrate = partial(
+        torch_onebit.calibrate_,
+        batches=[torch.randint(256, (16, 64)) for _ in range(8)],
+        group_size=64,
+        options=torch_onebit.CalibrationOptions(rounds=1),
+        progress=False,
+    )
+    rows = []
+    for layers in (4, 16):
+        torch.manual_seed(0)
+        model = ByteLM(Config(128, layers, 4, 64))
+        one_at_a_time = calibrate(copy.deepcopy(model)).seconds
+        with mock.patch("torch_onebit.calibration.model.find_chains", return_value=[]):
+            from_start = calibrate(copy.deepcopy(model)).seconds
+        rows.append([f"{layers} blocks of width 128", f"{one_at_a_time:.1f}", f"{from_start:.1f}"])
+    return pages.table(["calibrate_, 1 round", "seconds", "always from the start"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
@@ -134,7 +157,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     machine = f"torch {torch.__version__}, {args.threads} thread(s), {ops.cpu_isa()}:"
-    tables = [solver()] if args.solver else [methods(), qat_step()]
+    tables = [solver(), passes()] if args.solver else [methods(), qat_step()]
     text = "\n\n".join([machine, *tables])
     print(text)
     if args.write:

@@ -49,8 +49,8 @@ def calibrate_(
     it, and the solver's cost (``quantize_calibrated``). Where blocks run as a chain, as in most
     transformers, the pass is that of one block; the report names the chains. A cache of keys and
     values passed on from block to block breaks them: switch it off (``use_cache=False``). Memory: a
-    second copy of the model, the moments of one layer, 16 k^2 bytes, and the inputs of one block of
-    both models for all batches.
+    second copy of the model, the moments of one layer, 8 k (n + k) bytes, and for all batches the
+    inputs of one block of both models.
 
     Args:
         model: on any device the operators run on; evaluated in eval mode, its mode is kept.
