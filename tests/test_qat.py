@@ -148,6 +148,12 @@ def test_packed_models_train_on_from_what_they_are(rule, tied):
     torch.testing.assert_close(convert_(model)(x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_rule_follows_from_what_a_layer_is():
+    net = prepare_qat_(quantize_(Net(), group_size=32, filter_fn=lambda m, n: n == "body"))
+    assert net.body.rule == "learnable" and net.body.group_size == 32
+    assert prepare_qat_(Net(), group_size=32).body.rule == "mean"
+
+
 def test_filter_chooses_layers_and_options():
     model = prepare_qat_(
         Net(),

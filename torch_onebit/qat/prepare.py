@@ -28,7 +28,7 @@ _QAT_LAYERS: dict[type, type[LatentModule]] = {
 def prepare_qat_(
     model: nn.Module,
     *,
-    rule: str = "mean",
+    rule: str | None = None,
     group_size: int = 128,
     symmetric: bool = False,
     filter_fn: FilterFn | None = None,
@@ -39,14 +39,15 @@ def prepare_qat_(
     weights stay tied. A layer whose weight is parametrized keeps its class and gets one more
     parametrization. Layers that the format cannot hold are left as they are.
 
-    Packed layers get latent weights again, at their levels, and keep their group size:
-    ``calibrate_`` and then ``prepare_qat_(rule="learnable")`` is the best start there is.
+    Packed layers get latent weights again, at their levels, and keep their group size.
+    ``calibrate_`` first is the best start there is; train on at the learning rate of the float
+    model, without weight decay.
 
     Args:
         model: the model; not itself one of the two layers.
-        rule: how levels follow from latent weights: "mean" (best from float weights), "sign",
-            "optimal", "minmax", or "learnable" (scales and biases are parameters, best from
-            calibrated weights; prepare before making the optimizer).
+        rule: how levels follow from latent weights: "mean" (best from float weights, and their
+            default), "sign", "optimal", "minmax", or "learnable" (scales and biases are parameters:
+            best from packed layers, and their default; prepare before making the optimizer).
         group_size: weights that share a scale, of float layers: 32, 64 or 128.
         symmetric: convert to weights of ``±scale / 2`` without biases; rule "sign" only.
         filter_fn: ``filter_fn(module, name)`` is false to leave the layer, true to swap it, or a
@@ -57,7 +58,7 @@ def prepare_qat_(
         ValueError: a rule, group size or option that is not allowed, or a model that is itself a
             layer (use ``QATLinear``).
     """
-    check_rule(rule, group_size, symmetric)
+    check_rule(rule or "mean", group_size, symmetric)
     if _float_layer(model) is not None:
         raise ValueError(
             f"model must contain the layers to swap, got {type(model).__name__} itself"
@@ -135,7 +136,9 @@ def _choose(
         options = layer_options(filter_fn, layer, name, defaults)
         if options is None:
             continue
-        if isinstance(layer, OneBitModule):
+        packed = isinstance(layer, OneBitModule)
+        options["rule"] = options["rule"] or ("learnable" if packed else "mean")
+        if packed:
             options["group_size"] = layer.group_size
         elif obstacle(layer, options["group_size"]):
             continue
