@@ -40,8 +40,8 @@ def prepare_qat_(
     parametrization. Layers that the format cannot hold are left as they are.
 
     Packed layers get latent weights again, at their levels, and keep their group size.
-    ``calibrate_`` first is the best start there is; train on at the learning rate of the float
-    model, without weight decay.
+    ``calibrate_`` first is the best start there is; with ``Distillation`` train on at the learning
+    rate of the float model and without weight decay, otherwise at half that rate.
 
     Args:
         model: the model; not itself one of the two layers.
