@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCES := $(shell find csrc metal -type f) setup.py pyproject.toml
 
-.PHONY: demo test check-mps test-kernels test-tsan test-arm bench build check format clean
+.PHONY: demo test check-mps test-kernels test-tsan test-arm bench figures build check format clean
 
 demo: build
 	$(BIN)/python examples/demo.py
@@ -42,6 +42,15 @@ test-arm: $(KERNELS)
 
 bench: build
 	$(BIN)/python -m torch_onebit bench
+
+# The figures in the README and docs/, between their marks. Training is only rendered, from the JSON in
+# benchmarks/results: to train again, an hour, first run bench_training.py without --report.
+figures: build
+	$(BIN)/python benchmarks/bench_training.py --protocol short --report
+	$(BIN)/python benchmarks/bench_training.py --protocol long --report
+	$(BIN)/python benchmarks/bench_quantizers.py --write
+	$(BIN)/python benchmarks/bench_quantizers.py --solver --write
+	$(BIN)/python benchmarks/bench_cpu.py
 
 build: $(VENV)/.built
 

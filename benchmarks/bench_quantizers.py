@@ -3,21 +3,26 @@
     python benchmarks/bench_quantizers.py            # methods and QAT, under a minute
     python benchmarks/bench_quantizers.py --solver   # calibration of 4096-shaped layers
 
-Prints medians (and min - max) over interleaved repetitions, one thread unless --threads says more.
+Medians (min - max) over interleaved repetitions, but one calibration. One thread unless --threads
+says more. --write puts the tables into docs/which_method.md.
 """
 
 import argparse
+import copy
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
+import pages  # noqa: E402
 from byte_lm import ByteLM, Config, cross_entropy  # noqa: E402
 
 import torch_onebit  # noqa: E402
@@ -42,12 +47,12 @@ def spread(values: list[float], digits: int = 0) -> str:
     return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
 
 
-def methods() -> None:
+def methods() -> str:
+    """Megabytes of float32 weights per second and method."""
     w = torch.randn(1024, 4096)
     megabytes = w.numel() * 4 / 1e6
     importance = torch.rand(4096)
-    print("\nMB of float32 per second | group 32 | 64 | 128")
-    rows: dict[str, Callable[[int], object]] = {
+    calls: dict[str, Callable[[int], object]] = {
         "quantize (min/max)": lambda g: ops.quantize(w, g),
         "quantize_levels sign": lambda g: ops.quantize_levels(w, "sign", g),
         "quantize_levels mean": lambda g: ops.quantize_levels(w, "mean", g),
@@ -59,15 +64,17 @@ def methods() -> None:
         "fake_quantize_backward mean": lambda g: ops.fake_quantize_backward(w, w, "mean", g),
         "fake_quantize_backward optimal": lambda g: ops.fake_quantize_backward(w, w, "optimal", g),
     }
-    for name, call in rows.items():
-        cells = []
+    rows = []
+    for name, call in calls.items():
+        cells = [name]
         for group_size in (32, 64, 128):
             seconds = interleaved({name: lambda g=group_size, c=call: c(g)}, 5)[name]
             cells.append(spread([megabytes / s for s in seconds]))
-        print(" | ".join([name, *cells]))
+        rows.append(cells)
+    return pages.table(["MB of float32 per second", "group 32", "64", "128"], rows)
 
 
-def qat_step(repetitions: int = 15) -> None:
+def qat_step(repetitions: int = 15) -> str:
     """A training step of the demo's model in float32 and with 1-bit weights, by turns."""
     tokens = torch.randint(256, (16, 128))
 
@@ -88,16 +95,17 @@ def qat_step(repetitions: int = 15) -> None:
     rules = [None, "mean", "sign", "optimal", "learnable"]
     seconds = interleaved({str(rule): stepper(rule) for rule in rules}, repetitions)
     base = statistics.median(seconds["None"])
-    print("\ntraining step of the demo's model | ms | of float32")
+    rows = []
     for rule in rules:
         values = [1e3 * s for s in seconds[str(rule)]]
         ratio = statistics.median(values) / (1e3 * base)
-        print(f"{'QAT ' + rule if rule else 'float32'} | {spread(values, 1)} | {ratio:.3f}")
+        rows.append([f"QAT {rule}" if rule else "float32", spread(values, 1), f"{ratio:.3f}"])
+    return pages.table(["training step of the demo's model", "ms", "of float32"], rows)
 
 
-def solver() -> None:
-    """Seconds to calibrate one layer, moments given; and the cost model's prediction."""
-    print("\ncalibration of one layer | group | seconds | Gflop of the model | Gflop/s")
+def solver() -> str:
+    """Seconds to calibrate one layer, moments given, and what the cost model says of it."""
+    rows = []
     for n, k, group_size in [
         (128, 4096, 64),
         (4096, 128, 64),
@@ -114,21 +122,47 @@ def solver() -> None:
         # sweeps (n k^2 each).
         flops = 5 * (2 * n * k * k * 3.5 + 2 / 3 * n * (2 * k / group_size) ** 3)
         gflop = flops / 1e9
-        print(f"{n} x {k} | {group_size} | {seconds:.2f} | {gflop:.0f} | {gflop / seconds:.0f}")
+        speed = f"{gflop / seconds:.0f}"
+        rows.append([f"{n} x {k}", str(group_size), f"{seconds:.1f}", f"{gflop:.0f}", speed])
+    header = ["calibration of one layer", "group", "seconds", "Gflop of the cost model", "Gflop/s"]
+    return pages.table(header, rows)
+
+
+def passes() -> str:
+    """calibrate_, one round of the solver: running block by block, and always from the start."""
+    calibrate = partial(
+        torch_onebit.calibrate_,
+        batches=[torch.randint(256, (16, 64)) for _ in range(8)],
+        group_size=64,
+        options=torch_onebit.CalibrationOptions(rounds=1),
+        progress=False,
+    )
+    rows = []
+    for layers in (4, 16):
+        torch.manual_seed(0)
+        model = ByteLM(Config(128, layers, 4, 64))
+        one_at_a_time = calibrate(copy.deepcopy(model)).seconds
+        with mock.patch("torch_onebit.calibration.model.find_chains", return_value=[]):
+            from_start = calibrate(copy.deepcopy(model)).seconds
+        rows.append([f"{layers} blocks of width 128", f"{one_at_a_time:.1f}", f"{from_start:.1f}"])
+    return pages.table(["calibrate_, 1 round", "seconds", "always from the start"], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--solver", action="store_true")
+    parser.add_argument("--write", action="store_true", help="into docs/which_method.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {args.threads} thread(s), {ops.cpu_isa()}")
-    if args.solver:
-        return solver()
-    methods()
-    qat_step()
+    machine = f"torch {torch.__version__}, {args.threads} thread(s), {ops.cpu_isa()}:"
+    tables = [solver(), passes()] if args.solver else [methods(), qat_step()]
+    text = "\n\n".join([machine, *tables])
+    print(text)
+    if args.write:
+        name = "solver" if args.solver else "speed"
+        pages.put(ROOT / "docs" / "which_method.md", name, text)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Tables, bars and plots of bench_training.py, and the figures in docs/which_method.md."""
+"""Tables, bars and plots of bench_training.py, and the figures in the documentation."""
 
 import json
-import re
 from pathlib import Path
 from statistics import mean
+
+import pages
 
 # protocol, variant, the variant it is held against, nats allowed between them
 BARS = [
@@ -35,7 +36,7 @@ def table(runs: list[dict]) -> str:
     """Markdown: a row per variant; losses in nats per byte. A seed not run yet leaves its cell."""
     seeds = [f"seed {run['seed']}" for run in runs]
     header = ["", *seeds, "over float32", "trained", "seconds"]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    rows = []
     names = list(dict.fromkeys(name for run in runs for name in run["variants"]))
     for variant in names:
         untrained = variant.startswith("PTQ") or variant == "float32"
@@ -49,8 +50,8 @@ def table(runs: list[dict]) -> str:
             f"{each[0]['trained'] / 1000:,.0f} k" if each[0]["trained"] else "",
             f"{mean(r['seconds'] for r in each):.0f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return pages.table(header, rows)
 
 
 def bars(protocol: str, runs: list[dict]) -> list[tuple[str, float, float]]:
@@ -69,11 +70,11 @@ def bars(protocol: str, runs: list[dict]) -> list[tuple[str, float, float]]:
 
 
 def bar_table(found: list[tuple[str, float, float]]) -> str:
-    lines = ["| bar (nats) | measured | allowed | |", "|---|---|---|---|"]
-    for what, measured, allowed in found:
-        verdict = "met" if measured <= allowed else "MISSED"
-        lines.append(f"| {what} | {measured:.4f} | {allowed} | {verdict} |")
-    return "\n".join(lines)
+    rows = [
+        [what, f"{measured:.4f}", str(allowed), "met" if measured <= allowed else "MISSED"]
+        for what, measured, allowed in found
+    ]
+    return pages.table(["bar (nats)", "measured", "allowed", ""], rows)
 
 
 def plot(protocol: str, runs: list[dict], path: Path) -> None:
@@ -104,8 +105,32 @@ def plot(protocol: str, runs: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(protocol: str, results: Path, page: Path) -> bool:
-    """Print the tables, refresh the page, draw the curves. Returns whether every bar was met."""
+# column of the README's table, variant
+SUMMARY = [
+    ("min/max", "PTQ minmax"),
+    ("sign", "PTQ sign"),
+    ("optimal", "PTQ optimal"),
+    ("calibrated", "PTQ calibrated"),
+    ("calibrated + LoRA", "PTQ calibrated + LoRA 8"),
+    ("and levels + LoRA trained", "calibrated, levels + LoRA 8"),
+    ("calibrated, then 1-bit training", "calibrated, QAT learnable"),
+    ("and distilled", "calibrated, QAT learnable, distilled"),
+]
+
+
+def summary(runs: list[dict]) -> str:
+    """One row for the README: nats above float32, means over the seeds."""
+    cells = []
+    for _, variant in SUMMARY:
+        base = "float32" if variant.startswith("PTQ") else "float32, equally long"
+        difference = over(runs, variant, base)
+        partial = f" ({len(difference)} seeds)" if len(difference) < len(runs) else ""
+        cells.append(f"{mean(difference):.2f}{partial}" if difference else "")
+    return pages.table([name for name, _ in SUMMARY], [cells])
+
+
+def write(protocol: str, results: Path, root: Path) -> bool:
+    """Print the tables, refresh the pages, draw the curves. Returns whether every bar was met."""
     runs = load(protocol, results)
     if not runs:
         print("no results yet")
@@ -113,8 +138,9 @@ def write(protocol: str, results: Path, page: Path) -> bool:
     found = bars(protocol, runs)
     text = f"{table(runs)}\n\n{bar_table(found)}"
     print(text)
-    marked = re.compile(rf"(<!-- {protocol} -->\n).*?(<!-- end -->)", re.DOTALL)
-    page.write_text(marked.sub(lambda m: f"{m[1]}{text}\n{m[2]}", page.read_text()))
+    pages.put(root / "docs" / "which_method.md", protocol, text)
+    if protocol == "short":
+        pages.put(root / "README.md", "training", summary(runs))
     try:
         plot(protocol, runs, results / f"training_{protocol}.png")
     except ImportError:

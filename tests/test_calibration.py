@@ -14,7 +14,10 @@ from torch_onebit import (
     calibrate_,
     quantize_,
     quantize_weight,
+    thaw_levels_,
+    thaw_lora_,
 )
+from torch_onebit.calibration.passes import as_call, run_to
 
 
 def correlated(rows: int, columns: int) -> torch.Tensor:
@@ -219,6 +222,141 @@ def test_calibrate_takes_options_per_layer_and_other_batches():
     )
     assert [row.name for row in report.layers] == ["first", "middle"]
     assert net.first.group_size == 64 and net.middle.group_size == 32
+
+
+class Block(nn.Module):
+    """Returns a tuple, changes its input in place, holds a chain of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+        self.passes = 0
+
+    def forward(self, x, mask, cache=None):
+        self.passes += 1
+        x += 0.5 * self.body(x * mask)
+        return x, mask
+
+
+class Chain(nn.Module):
+    """Blocks in a row; `between` is what happens to a hidden state, mask and cache on the way."""
+
+    def __init__(self, between=lambda x, mask: (x, mask, None)) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 64)
+        self.blocks = nn.ModuleList(Block() for _ in range(6))
+        self.head = nn.Linear(64, 32)
+        self.between = between
+
+    def forward(self, tokens):
+        x, mask = self.embedding(tokens), (tokens > 3)[..., None]
+        for block in self.blocks:
+            x, mask, cache = self.between(x, mask)
+            x, _ = block(x, mask, cache=cache)
+        return self.head(x)
+
+
+CHAINS = [
+    ("one tensor handed on", lambda x, mask: (x, mask, None), True),
+    ("the sum of two tensors", lambda x, mask: (x + 1, mask, None), False),
+    ("changed in place on the way", lambda x, mask: (x.add_(1), mask, None), False),
+    ("another mask for every block", lambda x, mask: (x, mask.clone(), None), False),
+    ("a mask changed in place", lambda x, mask: (x, mask.logical_not_(), None), False),
+    ("a cache that may change", lambda x, mask: (x, mask, {"keys": object()}), False),
+    ("equal numbers and strings", lambda x, mask: (x, mask, {"a": [1, "b", None]}), True),
+]
+
+
+@pytest.mark.parametrize("why, between, expected", CHAINS, ids=[row[0] for row in CHAINS])
+def test_blocks_of_a_chain_run_on_their_own_and_nothing_else_changes(
+    why, between, expected, monkeypatch
+):
+    net, batches = Chain(between).eval(), [torch.randint(50, (8, 12)) for _ in range(2)]
+    from_start = copy.deepcopy(net)
+    report = calibrate_(net, batches, group_size=32, progress=False)
+    assert report.chains == (["blocks"] if expected else []) + [
+        f"blocks.{i}.body" for i in range(6)
+    ]
+    assert ("blocks" in str(report)) or not expected
+    monkeypatch.setattr("torch_onebit.calibration.model.find_chains", lambda *_: [])
+    calibrate_(from_start, batches, group_size=32, progress=False)
+    for name, value in from_start.state_dict().items():
+        assert torch.equal(net.state_dict()[name], value), name
+    passes = [block.passes for block in net.blocks]
+    assert (passes[0] == passes[-2]) == expected, passes  # no more for blocks that come first
+
+
+class Residual(nn.Module):
+    """x + layer(x), in one of the ways people write it."""
+
+    def __init__(self, add) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+        self.add = add
+
+    def forward(self, x):
+        return self.add(x, self.layer(torch.tanh(x)))
+
+
+ADDITIONS = [
+    ("x + y", lambda x, y: x + y, True),
+    ("y + x", lambda x, y: y + x, True),
+    ("in place, into the output", lambda x, y: y.add_(x), True),
+    ("in place, into the residual", lambda x, y: x.__iadd__(y), True),
+    ("after dropout", lambda x, y: x + nn.functional.dropout(y, training=False), True),
+    ("not the output itself", lambda x, y: x + 1 * y, False),
+    ("a vector", lambda x, y: y + x[0, 0], False),
+]
+
+
+@pytest.mark.parametrize("why, add, expected", ADDITIONS, ids=[row[0] for row in ADDITIONS])
+def test_errors_of_a_residual_are_made_up_for(why, add, expected):
+    block, x = Residual(add).eval(), torch.randn(2, 3, 64)
+    _, y, residual = run_to(block, block.layer, as_call(x.clone()))
+    assert torch.equal(y, block.layer(torch.tanh(x)))
+    assert (residual is not None) == expected
+    assert not expected or torch.equal(residual, x)
+    assert torch.is_grad_enabled()
+
+
+def test_calibrate_resumes_inside_a_chain(tmp_path):
+    net, batches = Chain().eval(), [torch.randint(50, (8, 12)) for _ in range(2)]
+    whole, resumed = copy.deepcopy(net), copy.deepcopy(net)
+    calibrate_(whole, batches, group_size=32, checkpoint=tmp_path, progress=False)
+    for path in sorted(tmp_path.glob("*.pt"))[7:]:
+        path.unlink()
+    calibrate_(resumed, batches, group_size=32, checkpoint=tmp_path, progress=False)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_calibrated_low_rank_products_lower_the_error_and_train(tmp_path):
+    net, batches = net_and_batches()
+    plain, better, resumed = (copy.deepcopy(net) for _ in range(3))
+    before = calibrate_(plain, batches, group_size=32, progress=False)
+    options = {"group_size": 32, "lora_rank": 4, "checkpoint": tmp_path, "progress": False}
+    report = calibrate_(better, batches, **options)
+    for old, new in zip(before.layers, report.layers, strict=True):
+        assert old.output_error is None or new.output_error < 0.9 * old.output_error
+    assert distance(net, better, batches) < 0.9 * distance(net, plain, batches)
+    calibrate_(resumed, batches, **options)
+    for name, value in better.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    thaw_lora_(thaw_levels_(better.requires_grad_(False)))
+    better(batches[0]).square().sum().backward()
+    trained = {name.rpartition(".")[2] for name, p in better.named_parameters() if p.requires_grad}
+    assert trained == {"scales", "biases", "lora_a", "lora_b"}
+    with pytest.raises(ValueError, match="lora_rank must be 0 or more, got -1"):
+        calibrate_(net, batches, lora_rank=-1)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_calibrate_rejects_group_sizes_before_it_starts(late):
+    net, batches = net_and_batches()
+    options = {"filter_fn": lambda m, n: n != "last" or {"group_size": 16}} if late else {}
+    with pytest.raises(ValueError, match="group_size must be 32, 64 or 128, got 16"):
+        calibrate_(net, batches, group_size=32 if late else 16, progress=False, **options)
+    assert not any(isinstance(m, OneBitLinear | OneBitEmbedding) for m in net.modules())
 
 
 def test_calibrate_rejects_no_batches():

@@ -158,10 +158,11 @@ def test_illegal_request_is_refused(call, message):
         call()
 
 
-def test_refused_request_changes_nothing():
+@pytest.mark.parametrize("last", [{"group_size": 48}, {"method": "best"}, {"method": "calibrated"}])
+def test_refused_request_changes_nothing(last):
     model = Model()
-    with pytest.raises(ValueError, match="group_size"):
-        quantize_(model, group_size=48)
+    with pytest.raises(ValueError, match=f"{next(iter(last))} must"):
+        quantize_(model, filter_fn=lambda m, n: n != "head" or last)
     assert set(kinds(model).values()) == {nn.Linear, nn.Embedding}
 
 

@@ -149,6 +149,12 @@ def test_packed_models_train_on_from_what_they_are(rule, tied):
     torch.testing.assert_close(convert_(model)(x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_rule_follows_from_what_a_layer_is():
+    net = prepare_qat_(quantize_(Net(), group_size=32, filter_fn=lambda m, n: n == "body"))
+    assert net.body.rule == "learnable" and net.body.group_size == 32
+    assert prepare_qat_(Net(), group_size=32).body.rule == "mean"
+
+
 def test_filter_chooses_layers_and_options():
     model = prepare_qat_(
         Net(),
@@ -157,6 +163,25 @@ def test_filter_chooses_layers_and_options():
     )
     assert type(model.embedding) is nn.Embedding
     assert model.body.rule == "sign" and model.head.rule == "mean"
+
+
+REFUSED = [  # what the filter returns for the last layer
+    ({"bits": 2}, "filter_fn must return options among"),
+    ({"rule": "best"}, "rule must be one of"),
+    ({"group_size": 48}, "group_size must be 32, 64 or 128, got 48"),
+    ({"symmetric": True}, "rule must be sign for symmetric weights, got mean"),
+    ({"rule": "learnable"}, "rule must be mean, .* for a parametrized weight, got learnable"),
+]
+
+
+@pytest.mark.parametrize("options, message", REFUSED, ids=[row[1] for row in REFUSED])
+def test_refused_request_changes_nothing(options, message):
+    net = Net()
+    parametrizations.weight_norm(net.head)
+    before = dict(net.named_modules())
+    with pytest.raises(ValueError, match=message):
+        prepare_qat_(net, group_size=32, filter_fn=lambda m, n: n != "head" or options)
+    assert dict(net.named_modules()) == before
 
 
 def test_a_layer_used_twice_stays_one():

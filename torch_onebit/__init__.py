@@ -30,6 +30,7 @@ from torch_onebit.training import (  # noqa: E402
     LoRALinear,
     add_lora_,
     thaw_levels_,
+    thaw_lora_,
 )
 
 vmap.register()
@@ -70,4 +71,5 @@ __all__ = [
     "quantize_",
     "quantize_weight",
     "thaw_levels_",
+    "thaw_lora_",
 ]

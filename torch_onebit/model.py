@@ -6,7 +6,6 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from torch_onebit.checks import check_group_size
 from torch_onebit.methods import check_method
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
 from torch_onebit.report import QuantizeReport
@@ -112,7 +111,6 @@ def _choose(
         options = layer_options(filter_fn, layer, name, defaults)
         if options is None:
             continue
-        check_group_size(options["group_size"])
         check_method(options["method"], options["symmetric"], data=False)
         reason = obstacle(layer, options["group_size"])
         if reason:

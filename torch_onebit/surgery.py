@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from torch_onebit.checks import LEVEL_DTYPES, check_callable, check_model
+from torch_onebit.checks import LEVEL_DTYPES, check_callable, check_group_size, check_model
 
 FilterFn = Callable[[nn.Module, str], "bool | dict[str, Any]"]
 
@@ -16,19 +16,24 @@ def layer_options(
     """The options that filter_fn wants for a layer, completed by defaults; None: leave the layer.
 
     Raises:
-        ValueError: filter_fn returned an option that defaults does not know.
+        ValueError: filter_fn returned an option that defaults does not know, or a group size that
+            the format does not.
     """
     if filter_fn is not None:
         check_callable("filter_fn", filter_fn)
     accepted = filter_fn(layer, name) if filter_fn else True
-    if not isinstance(accepted, dict):
-        return dict(defaults) if accepted else None
-    unknown = accepted.keys() - defaults.keys()
+    if not accepted and not isinstance(accepted, dict):
+        return None
+    chosen = accepted if isinstance(accepted, dict) else {}
+    unknown = chosen.keys() - defaults.keys()
     if unknown:
         raise ValueError(
             f"filter_fn must return options among {sorted(defaults)}, got {sorted(unknown)}"
         )
-    return {**defaults, **accepted}
+    options = {**defaults, **chosen}
+    if "group_size" in options:
+        check_group_size(options["group_size"])
+    return options
 
 
 def places(

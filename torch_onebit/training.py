@@ -165,3 +165,15 @@ def add_lora_(
             swapped[id(layer)] = LoRALinear(layer, **options)
         setattr(parent, attribute, swapped[id(layer)])
     return model
+
+
+def thaw_lora_(model: nn.Module, requires_grad: bool = True) -> nn.Module:
+    """Make the low-rank products of a model trainable, in place, after it was frozen as a whole.
+
+    Returns model.
+    """
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.lora_a.requires_grad_(requires_grad)
+            module.lora_b.requires_grad_(requires_grad)
+    return model

@@ -22,6 +22,7 @@ class CalibrationReport:
 
     layers: list[CalibrationRow] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+    chains: list[str] = field(default_factory=list)  # run block by block, not from the start
 
     @property
     def seconds(self) -> float:
@@ -39,5 +40,6 @@ class CalibrationReport:
             )
             lines.append(line.rstrip())
         lines.append(f"{len(self.layers)} layers, {self.seconds:.1f} s")
+        lines.append(f"run block by block: {', '.join(self.chains) or 'nothing'}")
         lines += [f"left as it was: {name} ({reason})" for name, reason in self.skipped]
         return "\n".join(lines)

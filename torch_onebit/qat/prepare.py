@@ -1,5 +1,6 @@
 """prepare_qat_ and convert_: a float model into 1-bit training, and from there to packed."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ _QAT_LAYERS: dict[type, type[LatentModule]] = {
 def prepare_qat_(
     model: nn.Module,
     *,
-    rule: str = "mean",
+    rule: str | None = None,
     group_size: int = 128,
     symmetric: bool = False,
     filter_fn: FilterFn | None = None,
@@ -38,14 +39,15 @@ def prepare_qat_(
     weights stay tied. A layer whose weight is parametrized keeps its class and gets one more
     parametrization. Layers that the format cannot hold are left as they are.
 
-    Packed layers get latent weights again, at their levels, and keep their group size:
-    ``calibrate_`` and then ``prepare_qat_(rule="learnable")`` is the best start there is.
+    Packed layers get latent weights again, at their levels, and keep their group size.
+    ``calibrate_`` first is the best start there is; with ``Distillation`` train on at the learning
+    rate of the float model and without weight decay, otherwise at half that rate.
 
     Args:
         model: the model; not itself one of the two layers.
-        rule: how levels follow from latent weights: "mean" (best from float weights), "sign",
-            "optimal", "minmax", or "learnable" (scales and biases are parameters, best from
-            calibrated weights; prepare before making the optimizer).
+        rule: how levels follow from latent weights: "mean" (best from float weights, and their
+            default), "sign", "optimal", "minmax", or "learnable" (scales and biases are parameters:
+            best from packed layers, and their default; prepare before making the optimizer).
         group_size: weights that share a scale, of float layers: 32, 64 or 128.
         symmetric: convert to weights of ``±scale / 2`` without biases; rule "sign" only.
         filter_fn: ``filter_fn(module, name)`` is false to leave the layer, true to swap it, or a
@@ -56,24 +58,17 @@ def prepare_qat_(
         ValueError: a rule, group size or option that is not allowed, or a model that is itself a
             layer (use ``QATLinear``).
     """
-    check_rule(rule, group_size, symmetric)
+    check_rule(rule or "mean", group_size, symmetric)
     if _float_layer(model) is not None:
         raise ValueError(
             f"model must contain the layers to swap, got {type(model).__name__} itself"
         )
     defaults = {"rule": rule, "group_size": group_size, "symmetric": symmetric}
+    chosen = list(_choose(model, filter_fn, defaults))  # all decided before any is swapped
     swapped: dict[int, nn.Module] = {}
     first: dict[int, LatentModule] = {}  # by identity of the weight it was made from
-    for name, parent, attribute, layer in list(places(model, lambda m: bool(_float_layer(m)))):
-        options = layer_options(filter_fn, layer, name, defaults)
-        if options is None:
-            continue
+    for parent, attribute, layer, options in chosen:
         if id(layer) not in swapped:
-            if isinstance(layer, OneBitModule):
-                options["group_size"] = layer.group_size
-            elif obstacle(layer, options["group_size"]):
-                continue
-            check_rule(**options)
             swapped[id(layer)] = new = _prepare(layer, options)
             if isinstance(new, LatentModule):
                 owner = first.setdefault(id(layer.weight), new)
@@ -133,14 +128,32 @@ def _is_prepared(module: nn.Module) -> bool:
     )
 
 
+def _choose(
+    model: nn.Module, filter_fn: FilterFn | None, defaults: dict[str, Any]
+) -> Iterator[tuple[nn.Module, str, nn.Module, dict[str, Any]]]:
+    """The places to swap, each with its options, which are legal."""
+    for name, parent, attribute, layer in places(model, lambda m: bool(_float_layer(m))):
+        options = layer_options(filter_fn, layer, name, defaults)
+        if options is None:
+            continue
+        packed = isinstance(layer, OneBitModule)
+        options["rule"] = options["rule"] or ("learnable" if packed else "mean")
+        if packed:
+            options["group_size"] = layer.group_size
+        elif obstacle(layer, options["group_size"]):
+            continue
+        check_rule(**options)
+        if _parametrized(layer) and (options["rule"] == "learnable" or options["symmetric"]):
+            raise ValueError(
+                "rule must be mean, sign, optimal or minmax, not symmetric, for a parametrized "
+                f"weight, got {options['rule']}, symmetric={options['symmetric']}"
+            )
+        yield parent, attribute, layer, options
+
+
 def _prepare(layer: nn.Module, options: dict[str, Any]) -> nn.Module:
     if not _parametrized(layer):
         return _QAT_LAYERS[type(layer)](layer, **options)
-    if options["rule"] == "learnable" or options["symmetric"]:
-        raise ValueError(
-            "rule must be mean, sign, optimal or minmax, not symmetric, for a parametrized "
-            f"weight, got {options['rule']}, symmetric={options['symmetric']}"
-        )
     parametrization = FakeQuantize(options["rule"], options["group_size"])
     parametrize.register_parametrization(layer, "weight", parametrization)
     return layer
