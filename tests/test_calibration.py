@@ -47,6 +47,18 @@ def test_calibrated_keeps_outputs_better_than_optimal(group_size, symmetric):
     )
 
 
+def test_sums_are_float64_where_the_device_has_none(device):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32, bias=False))
+    batches = [correlated(50, 64) for _ in range(2)]
+    there = copy.deepcopy(model).to(device)
+    calibrate_(there, [x.to(device) for x in batches], group_size=32, lora_rank=2)
+    assert {t.device.type for t in there.state_dict().values()} == {torch.device(device).type}
+    calibrate_(model, batches, group_size=32, lora_rank=2)
+    x = batches[0]
+    torch.testing.assert_close(there(x.to(device)).cpu(), model(x), rtol=1e-3, atol=1e-3)
+
+
 def test_calibration_with_uncorrelated_inputs_is_the_weighted_optimum_or_better():
     w, importance = torch.randn(8, 128), torch.rand(128) + 0.1
     moments = importance.diag()

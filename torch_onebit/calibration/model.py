@@ -20,7 +20,12 @@ from torch_onebit import ops
 from torch_onebit.calibration.moments import Moments, collect
 from torch_onebit.calibration.passes import Call, Passes, as_call, find_chains, run
 from torch_onebit.calibration.report import CalibrationReport, CalibrationRow
-from torch_onebit.calibration.solver import Options, damped, quantize_calibrated
+from torch_onebit.calibration.solver import (
+    Options,
+    damped,
+    quantize_calibrated,
+    solving_device,
+)
 from torch_onebit.methods import check_method, quantize_weight
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
 from torch_onebit.surgery import FilterFn, layer_options, obstacle, places
@@ -194,7 +199,8 @@ def _optimal(job: _Job, note: str) -> _Result:
 
 @torch.no_grad()
 def _calibrate(job: _Job, moments: Moments, options: Options, rank: int) -> _Result:
-    w, bias = job.layer.weight, job.layer.bias
+    home, bias = job.layer.weight.device, job.layer.bias
+    w = job.layer.weight.to(solving_device(home))
     centred = bias is not None  # means can only be corrected where there is a bias
     h, tx, tt = moments.second(centred)
     # The same damping on both sides: inputs that agree leave w as it is.
@@ -212,11 +218,17 @@ def _calibrate(job: _Job, moments: Moments, options: Options, rank: int) -> _Res
     # E|t - w_hat x|^2 = E|t|^2 - 2 tr(E[t x^T] w_hat^T) + tr(w_hat H w_hat^T)
     energy = float(tt.sum())
     difference = energy - 2 * float((tx * w_hat).sum()) + float(((w_hat @ h) * w_hat).sum())
+
+    def back(t: Tensor | None, dtype: torch.dtype = w.dtype) -> Tensor | None:
+        return None if t is None else t.to(dtype).to(home)
+
     return _Result(
-        *levels,
-        lora_a=lora_a,
-        lora_b=lora_b,
-        bias=None if bias is None else (mean_t - w_hat @ mean_x).to(bias.dtype),
+        back(levels[0], torch.int32),
+        back(levels[1]),
+        back(levels[2]),
+        lora_a=back(lora_a),
+        lora_b=back(lora_b),
+        bias=None if bias is None else back(mean_t - w_hat @ mean_x, bias.dtype),
         weight_error=_relative(w_hat - w, w),
         output_error=difference / energy if energy > 0 else 0.0,
     )
@@ -244,8 +256,12 @@ def _low_rank(error: Tensor, h: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _relative(difference: Tensor, w: Tensor) -> float:
-    norm = float(w.double().square().sum())
-    return float(difference.double().square().sum()) / norm if norm else 0.0
+    norm = _energy(w)
+    return _energy(difference) / norm if norm else 0.0
+
+
+def _energy(t: Tensor) -> float:
+    return float(t.detach().to(solving_device(t.device)).double().square().sum())
 
 
 def _jobs(
@@ -316,7 +332,7 @@ class _Store:
             "shape": list(job.layer.weight.shape),
             "group_size": job.group_size,
             "symmetric": job.symmetric,
-            "norm": float(job.layer.weight.detach().double().square().sum()),
+            "norm": _energy(job.layer.weight),
         }
 
     def load(self, index: int, job: _Job) -> _Result | None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_onebit.calibration.passes import Passes, run_to
+from torch_onebit.calibration.solver import solving_device
 
 
 class Moments:
@@ -15,7 +16,7 @@ class Moments:
 
     def __init__(self, rows: int, columns: int, device: torch.device) -> None:
         def zeros(*sizes: int) -> Tensor:
-            return torch.zeros(sizes, dtype=torch.float64, device=device)
+            return torch.zeros(sizes, dtype=torch.float64, device=solving_device(device))
 
         self.count = 0
         self.xx = zeros(columns, columns)
@@ -26,11 +27,12 @@ class Moments:
         """Add inputs ``[..., k]`` and the outputs ``[..., n]`` that are wanted for them."""
         x, t = (t.detach().flatten(0, -2).float() for t in (x, target))
         self.count += len(x)
-        self.xx += x.t() @ x
-        self.tx += t.t() @ x
-        self.sum_x += x.sum(0)
-        self.sum_t += t.sum(0)
-        self.sum_tt += t.square().sum(0)
+        device = self.xx.device
+        self.xx += (x.t() @ x).to(device)
+        self.tx += (t.t() @ x).to(device)
+        self.sum_x += x.sum(0).to(device)
+        self.sum_t += t.sum(0).to(device)
+        self.sum_tt += t.square().sum(0).to(device)
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Mean input ``[k]`` and target ``[n]``."""

@@ -38,6 +38,11 @@ class Options:
     damping: float = 0.01
 
 
+def solving_device(device: torch.device) -> torch.device:
+    """Where sums and solves in float64 run: there, or on the CPU for MPS, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def damped(moments: Tensor, damping: float) -> Tensor:
     """moments ``[k, k]`` plus ``damping`` times its mean diagonal; a dead input stays harmless."""
     level = damping * moments.diagonal().mean()
@@ -74,6 +79,8 @@ def quantize_calibrated(
             f"moments must be a square of the columns of w {list(w.shape)}, "
             f"got {list(moments.shape)}"
         )
+    device, dtype = w.device, w.dtype
+    w, moments = w.to(solving_device(device)), moments.to(solving_device(device))
     h = damped(moments.double(), options.damping).float()
     groups = w.shape[1] // group_size
     chunk = max(32, min(1024, SYSTEM_VALUES // (2 * groups) ** 2))
@@ -81,7 +88,8 @@ def quantize_calibrated(
         _quantize_rows(rows.float(), h, group_size, symmetric, options) for rows in w.split(chunk)
     ]
     bits, scales, biases = (torch.cat(part) for part in zip(*parts, strict=True))
-    return pack_bits(bits), scales.to(w.dtype), None if symmetric else biases.to(w.dtype)
+    packed, scales = pack_bits(bits).to(device), scales.to(device, dtype)
+    return packed, scales, None if symmetric else biases.to(device, dtype)
 
 
 def _quantize_rows(
