@@ -15,6 +15,8 @@ from torch_onebit import (
     QATEmbedding,
     QATLinear,
     add_lora_,
+    calibrate_,
+    convert_,
     dequantize_,
     prepare_qat_,
     quantize_,
@@ -50,6 +52,23 @@ MODELS = [
     (plain, lambda m: quantize_(m, group_size=64.0), "group_size must be 32, 64 or 128, got 64.0"),
     (plain, lambda m: quantize_(m, group_size=True), "group_size must be 32, 64 or 128, got True"),
     (plain, lambda m: quantize_(m, method="best"), "method must be one of minmax, "),
+    (
+        lambda: prepare_qat_(plain(), group_size=64),
+        lambda m: convert_(m, dtype=torch.int32),
+        "dtype must be float32, float16, bfloat16 or float64, got torch.int32",
+    ),
+    (
+        lambda: prepare_qat_(plain(), group_size=64),
+        lambda m: convert_(m, dtype="half"),
+        "dtype must be float32, float16, bfloat16 or float64, got 'half'",
+    ),
+    (plain, lambda m: calibrate_(m[1], [torch.ones(1, 128)]), "model must contain the layers"),
+    (
+        plain,
+        lambda m: calibrate_(m, torch.zeros(4, 2, dtype=torch.int64)),
+        "batches must be an iterable of batches, such as a list, got Tensor",
+    ),
+    (plain, lambda m: calibrate_(m, None), "batches must be an iterable of batches"),
     (plain, lambda m: quantize_(m, method="calibrated"), "method must be one of minmax, "),
     (
         plain,

@@ -22,7 +22,7 @@ def check_count(name: str, value: Any, least: int = 0) -> None:
 
 def check_level_dtype(dtype: torch.dtype | None) -> None:
     if dtype is not None and dtype not in LEVEL_DTYPES:
-        raise ValueError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
+        raise ValueError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype!r}")
 
 
 def check_callable(name: str, value: Any) -> None:

@@ -76,6 +76,14 @@ def calibrate_(
             another model or other options.
     """
     check_method("calibrated", symmetric)
+    if isinstance(model, nn.Linear | nn.Embedding):
+        raise ValueError(
+            f"model must contain the layers to swap, got {type(model).__name__} itself"
+        )
+    if isinstance(batches, Tensor | dict | str) or not isinstance(batches, Iterable):
+        raise ValueError(
+            f"batches must be an iterable of batches, such as a list, got {type(batches).__name__}"
+        )
     calls = [as_call(batch) for batch in batches]
     if not calls:
         raise ValueError("batches must hold at least one batch, got none")

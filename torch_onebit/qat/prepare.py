@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from torch_onebit.checks import check_level_dtype
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
 from torch_onebit.qat.layers import (
     FakeQuantize,
@@ -89,8 +90,9 @@ def convert_(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module
     Returns:
         model.
     Raises:
-        ValueError: a model that is itself a QAT layer.
+        ValueError: a model that is itself a QAT layer, or a dtype that levels cannot have.
     """
+    check_level_dtype(dtype)
     if isinstance(model, LatentModule):
         raise ValueError(
             f"model must contain the layers to swap, got {type(model).__name__} itself"
