@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+import torch_onebit
+
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").glob("*.md")))]
 
@@ -22,6 +24,7 @@ def given() -> dict[str, object]:
     x = torch.randn(4, 128)
     return {
         "torch": torch,
+        "torch_onebit": torch_onebit,
         "model": model,
         "float_model": copy.deepcopy(model),
         "x": x,
