@@ -8,7 +8,8 @@
 namespace onebit::cpu {
 namespace {
 
-// Returns what a unit of `out` stands for; NaN for a group with a value that is not finite.
+// Returns what a unit of `out` stands for; NaN for a group with an infinity. A NaN in x reaches the
+// result through the sum of the group.
 template <class V, int kCount>
 ONEBIT_INLINE float block_scale(const float* x, int16_t* out) {
   constexpr float kLimit = 32767.0f - kCount / 2;  // each value may round up by half
