@@ -109,6 +109,14 @@ struct Avx2 {
     if (count < kLanes && count > 0) std::memcpy(to, part, count * size);
   }
 
+  // Rounded to nearest, ties to even; limited to what int16 holds.
+  static ONEBIT_INLINE void store_int16(int16_t* p, Vec v) {
+    const __m256i whole = _mm256_cvtps_epi32(v);
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(p),
+        _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+  }
+
   // 32 values: high where the bit is set. `stream` needs 64-byte alignment.
   static ONEBIT_INLINE void write(void* out, __m256i v, bool stream) {
     if (stream) {
@@ -170,17 +178,22 @@ struct Avx2 {
     }
   }
 
-  // out[i] = dword i of 8 rows, lane = row.
-  static ONEBIT_INLINE void transpose_dwords(
-      const char* p, int64_t stride, int last, int bytes, __m256i (&out)[4]) {
-    __m256i z[4];
-    load_rows(p, stride, last, bytes, z);
+  // Dwords of rows as load_rows leaves them.
+  static ONEBIT_INLINE void transpose_4(const __m256i* z, __m256i* out) {
     const __m256i a = _mm256_unpacklo_epi32(z[0], z[1]), b = _mm256_unpackhi_epi32(z[0], z[1]);
     const __m256i c = _mm256_unpacklo_epi32(z[2], z[3]), d = _mm256_unpackhi_epi32(z[2], z[3]);
     out[0] = _mm256_unpacklo_epi64(a, c);
     out[1] = _mm256_unpackhi_epi64(a, c);
     out[2] = _mm256_unpacklo_epi64(b, d);
     out[3] = _mm256_unpackhi_epi64(b, d);
+  }
+
+  // out[i] = dword i of 8 rows, lane = row.
+  static ONEBIT_INLINE void transpose_dwords(
+      const char* p, int64_t stride, int last, int bytes, __m256i (&out)[4]) {
+    __m256i z[4];
+    load_rows(p, stride, last, bytes, z);
+    transpose_4(z, out);
   }
 
   // Scales or biases of 8 rows as floats, lane = row: group i goes to out + i * ld. `p` is the

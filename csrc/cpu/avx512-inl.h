@@ -93,6 +93,12 @@ struct Avx512 {
     }
   }
 
+  // Rounded to nearest, ties to even; limited to what int16 holds.
+  static ONEBIT_INLINE void store_int16(int16_t* p, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
+  }
+
   // 32 values: high where the bit is set. `stream` needs 64-byte alignment.
   static ONEBIT_INLINE void write(void* out, __m512i v, bool stream) {
     if (stream) {

@@ -13,6 +13,7 @@
 ONEBIT_TARGET_BEGIN("avx2,fma,f16c")
 
 #include "lookup_avx2-inl.h"
+#include "lookup_avx2_int16-inl.h"
 #include "table-inl.h"
 
 namespace onebit::cpu {
@@ -22,8 +23,8 @@ struct Shapes {
   using Stream = LookupAvx2<4>;
   using Panel = LookupAvx2<2>;
   using Narrow = LookupAvx2<2>;
-  using Stream16 = Stream;
-  using Panel16 = Panel;
+  using Stream16 = LookupAvx2Int16<2>;
+  using Panel16 = LookupAvx2Int16<1>;
   static constexpr int kTile = 64;
 };
 

@@ -1,9 +1,8 @@
 // Activations of 16 bits by int16 tables: 32 output rows in a register, 6 or 5 weight bits a
-// lookup, twice the rate of the float32 tables. x is scaled per group so that no subset sum
-// overflows: a relative error of 1.6e-4 (group 32) to 6e-4 (group 128), a third of what rounding
-// the result to bfloat16 costs; `has_int16_tables` says where it may be used.
+// lookup, twice the rate of the float32 tables.
 #pragma once
 
+#include "block_scale-inl.h"
 #include "pairs_avx512-inl.h"
 
 namespace onebit::cpu {
@@ -13,8 +12,7 @@ namespace {
 template <int kPairs_>
 struct LookupAvx512Int16 : PairsAvx512<kPairs_> {
   using Base = PairsAvx512<kPairs_>;
-  using Avx512::add, Avx512::kLanes, Avx512::load, Avx512::mul, Avx512::set, Avx512::sub,
-      Avx512::sum, Avx512::zero;
+  using Avx512::kLanes, Avx512::mul, Avx512::set;
   using Base::kPairs;
   using typename Avx512::Vec;
   static constexpr int kVectors = 2 * kPairs;
@@ -52,29 +50,11 @@ struct LookupAvx512Int16 : PairsAvx512<kPairs_> {
     return _mm512_mask_add_epi16(t, 0xffff0000u, t, _mm512_set1_epi16(x[4]));
   }
 
-  // Tables of one group for row m of a tile of kM rows. A group with a value that is not finite
-  // gets the scale NaN.
+  // Tables of one group for row m of a tile of kM rows.
   template <int kM, int kWords>
   static ONEBIT_INLINE void build(const float* x, int m, float* table) {
-    constexpr int kCount = 32 * kWords;
-    constexpr float kLimit = 32767.0f - kCount / 2;  // each value may round up by half
-    Vec above = zero(), below = zero();
-    ONEBIT_UNROLL
-    for (int i = 0; i < kCount; i += kLanes) {
-      above = add(above, _mm512_max_ps(load(x + i), zero()));
-      below = add(below, _mm512_min_ps(load(x + i), zero()));
-    }
-    const float high = sum(above), low = -sum(below), most = high > low ? high : low;
-    const bool finite = sum(sub(above, below)) < __builtin_inff();
-    // Tiny groups are enlarged first: kLimit / most would overflow.
-    const float enlarge = most < 1e-30f ? 0x1p100f : 1.0f;
-    const Vec first = set(enlarge), second = set(most > 0 ? kLimit / (most * enlarge) : 0.0f);
-    alignas(64) int16_t v[kCount];
-    ONEBIT_UNROLL
-    for (int i = 0; i < kCount; i += kLanes) {
-      const __m512i whole = _mm512_cvtps_epi32(mul(mul(load(x + i), first), second));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(v + i), _mm512_cvtsepi32_epi16(whole));
-    }
+    alignas(64) int16_t v[32 * kWords];
+    table[2 * kWords * kHalfTable * kM + m] = block_scale<Avx512, 32 * kWords>(x, v);
     for (int half = 0; half < 2 * kWords; ++half) {
       float* t = table + (half * kM + m) * kHalfTable;
       const int16_t* u = v + 16 * half;
@@ -84,7 +64,6 @@ struct LookupAvx512Int16 : PairsAvx512<kPairs_> {
       _mm512_store_si512(t + 32, sums_of_5(u + 6));
       _mm512_store_si512(t + 48, sums_of_5(u + 11));
     }
-    table[2 * kWords * kHalfTable * kM + m] = finite ? most / kLimit : __builtin_nanf("");
   }
 
   template <int kM, int kWords, class Emit>

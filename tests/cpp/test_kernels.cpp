@@ -108,6 +108,9 @@ const Case kCases[] = {
     {5, 1100, 256, 128, kF, kB, false, "two panels of outputs, a row left over"},
     {67, 66, 384, 128, kF, kF, false, "two blocks of rows"},
     {7, 129, 1152, 64, kB, kB, false, "chunk of columns left over, 16 bits throughout"},
+    {6, 160, 640, 128, kB, kH, false, "int16 tables in groups of 128, two rows left over"},
+    {4, 130, 416, 32, kH, kB, true, "float16 by int16 tables, words not a multiple of 4"},
+    {1, 131, 384, 128, kB, kF, false, "one row by int16 tables in groups of 128"},
 };
 
 std::string name_of(const char* table, const char* op, const Case& c) {
