@@ -1,6 +1,6 @@
 """The speed of the CPU kernels against the bars that this project set itself.
 
-    python benchmarks/bench_cpu.py            # measure (about 4 minutes), then write the pages
+    python benchmarks/bench_cpu.py            # measure (about 6 minutes), then write the pages
     python benchmarks/bench_cpu.py --report   # only the pages, from benchmarks/results/cpu.json
 
 Everything that is compared ran interleaved in one process (``python -m torch_onebit bench``).
@@ -181,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     cli.add_arguments(parser)
     parser.add_argument("--report", action="store_true", help="only the pages")
-    parser.set_defaults(rounds=7)
+    parser.set_defaults(rounds=15)
     args = parser.parse_args()
     path = ROOT / "benchmarks" / "results" / "cpu.json"
     if not args.report:

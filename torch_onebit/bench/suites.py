@@ -185,10 +185,9 @@ def overhead(rounds: int) -> list[Row]:
     layer = OneBitLinear(128, 32).requires_grad_(False)
     linear = torch.nn.Linear(128, 32).requires_grad_(False)
     x = torch.randn(1, 128)
+    qmm, weights = torch.ops.onebit.qmm, (layer.weight, layer.scales, layer.biases)
     calls = {
-        "torch.ops.onebit.qmm": lambda: torch.ops.onebit.qmm(
-            x, layer.weight, layer.scales, layer.biases, 128
-        ),
+        "torch.ops.onebit.qmm": lambda: qmm(x, *weights, 128),
         "OneBitLinear": lambda: layer(x),
         "nn.Linear": lambda: linear(x),
     }
