@@ -408,8 +408,8 @@ Tensor qmm_prepacked_autograd(c10::DispatchKeySet keys,
                               const OptionalTensor& biases,
                               const Tensor& prepacked,
                               int64_t group_size) {
-  if (autograd::compute_requires_grad(x, scales, or_undefined(biases)) ||
-      has_tangent(x) || has_tangent(scales) || has_tangent(biases)) {
+  if (autograd::compute_requires_grad(x, scales, or_undefined(biases)) || has_tangent(x) ||
+      has_tangent(scales) || has_tangent(biases)) {
     return ops::qmm().call(x, packed, scales, biases, group_size, true);
   }
   return below_autograd(ops::qmm_prepacked(), keys, x, packed, scales, biases, prepacked,
