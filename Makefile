@@ -10,8 +10,9 @@ SOURCES := $(shell find csrc metal -type f) setup.py pyproject.toml
 demo: build
 	$(BIN)/python examples/demo.py
 
+# Two processes, whose OpenMP threads sleep while they wait for the other.
 test: build test-kernels
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The Metal backend alone: emulated kernels, shader rules, the macOS build, and the suite on mps.
 check-mps: build

@@ -65,17 +65,13 @@ def build(sources: list[Path], include: list[Path] = (), defines: tuple[str, ...
     """One shared library of all kernels in `sources`; cached by content."""
     merged = "".join(f'#include "{s.resolve()}"\n' for s in sources)
     cache = toolchain.cache_directory()
-    umbrella = cache / f"umbrella-{toolchain.digest(merged)}.metal"
-    umbrella.write_text(merged)
+    umbrella = toolchain.put(cache / f"umbrella-{toolchain.digest(merged)}.metal", merged)
     unit = Translator(preprocess(umbrella, list(include), defines))
     body = '#include "msl.h"\n' + unit.translate() + "\n" + entries(unit)
     if unit.errors:
         raise MslError("\n".join(unit.errors))
     headers = sorted(RUNTIME.glob("*.h"))
-    key = toolchain.digest(body)
-    cpp = cache / f"kernels-{key}.cpp"
-    if not cpp.exists():
-        cpp.write_text(body)
+    cpp = toolchain.put(cache / f"kernels-{toolchain.digest(body)}.cpp", body)
     objects = [toolchain.object_file(cpp, KERNEL_FLAGS, headers)]
     objects += [
         toolchain.object_file(s, RUNTIME_FLAGS, headers) for s in sorted(RUNTIME.glob("*.cpp"))

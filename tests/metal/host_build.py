@@ -59,10 +59,7 @@ def write_shader_source() -> Path:
     text = embed.header(toolchain.SHADERS)
     folder = toolchain.cache_directory() / f"generated-{toolchain.digest(text)}"
     folder.mkdir(exist_ok=True)
-    target = folder / "shader_source.h"
-    if not target.exists():
-        target.write_text(text)
-    return target
+    return toolchain.put(folder / "shader_source.h", text)
 
 
 def build() -> Path:

@@ -48,6 +48,15 @@ def digest(*parts: str | bytes) -> str:
     return h.hexdigest()[:20]
 
 
+def put(path: Path, text: str) -> Path:
+    """Write a file whose name tells its content; whole at once, for other processes do the same."""
+    if not path.exists():
+        scratch = path.with_name(f"{path.name}.{os.getpid()}")
+        scratch.write_text(text)
+        scratch.rename(path)
+    return path
+
+
 def object_file(source: Path, compiler: list[str], inputs: list[Path], suffix: str = ".o") -> Path:
     """Compiles `source` unless the cache has it; `inputs` are the headers it includes."""
     key = digest(source.read_bytes(), *compiler, *(p.read_bytes() for p in sorted(inputs)))
