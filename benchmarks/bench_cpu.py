@@ -100,6 +100,11 @@ def bars(f: Figures) -> list[Bar]:
         ("2 threads / 1, m=128", f.threads("4096x4096 m=128"), 1.85),
         ("- us of a call of the operator", -f.call("torch.ops.onebit.qmm"), -3),
         (
+            "- us that autograd adds to it",
+            f.call("the same below autograd") - f.call("torch.ops.onebit.qmm"),
+            -0.5,
+        ),
+        (
             "- us of OneBitLinear over nn.Linear",
             f.call("nn.Linear") - f.call("OneBitLinear"),
             -2,

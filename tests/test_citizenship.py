@@ -1,7 +1,6 @@
 """OneBitLinear inside the rest of PyTorch: transforms, tracing, export, profiling, subclasses."""
 
 import copy
-import timeit
 import warnings
 
 import pytest
@@ -144,20 +143,6 @@ def test_inference_mode_and_no_grad(net, indices):
         assert not y.requires_grad
         assert torch.equal(y, expected)
     assert expected.requires_grad
-
-
-def test_a_call_that_needs_no_gradient_pays_half_a_microsecond():
-    """What the autograd layer adds: the least time with it, less that of tensors made without."""
-    make = lambda: (torch.randn(1, 32), *make_weights(1, 32, group_size=32), 32)
-    with torch.inference_mode():
-        below = make()
-    least = {}
-    for _ in range(30):
-        for name, arguments in (("with", make()), ("without", below)):
-            with torch.inference_mode(name == "without"):
-                seconds = min(timeit.repeat(lambda a=arguments: ops.qmm(*a), number=200, repeat=5))
-            least[name] = min(least.get(name, 1), seconds / 200)
-    assert least["with"] - least["without"] <= 0.5e-6
 
 
 def test_deterministic_mode_repeats_itself(net, indices):

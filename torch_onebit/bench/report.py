@@ -26,7 +26,7 @@ def _line(row: dict[str, object]) -> dict[str, str]:
     shown = {}
     for key, value in row.items():
         if key in ("median", "min", "max"):
-            key, value = f"{key} ms", f"{value * 1e3:.3f}"
+            key, value = f"{key} ms", f"{value * 1e3:.4g}"
         elif key == "error":
             value = f"{value:.1e}"
         elif key == "of_stream":

@@ -178,16 +178,23 @@ def passes(rounds: int) -> list[Row]:
     return [_row("4096x4096", name, size[name], "B", t) for name, t in times.items()]
 
 
+@torch.inference_mode(False)
 def overhead(rounds: int) -> list[Row]:
-    """A product so small that the call is what takes time, and nn.Linear's."""
+    """A product so small that the call is what takes time, and nn.Linear's.
+
+    Tensors of inference mode do not pass autograd: the difference is what it adds.
+    """
     from torch_onebit.nn import OneBitLinear
 
     layer = OneBitLinear(128, 32).requires_grad_(False)
     linear = torch.nn.Linear(128, 32).requires_grad_(False)
     x = torch.randn(1, 128)
-    qmm, weights = torch.ops.onebit.qmm, (layer.weight, layer.scales, layer.biases)
+    qmm, arguments = torch.ops.onebit.qmm, (x, layer.weight, layer.scales, layer.biases)
+    with torch.inference_mode():
+        below = tuple(t.clone() for t in arguments)
     calls = {
-        "torch.ops.onebit.qmm": lambda: qmm(x, *weights, 128),
+        "torch.ops.onebit.qmm": lambda: qmm(*arguments, 128),
+        "the same below autograd": lambda: qmm(*below, 128),
         "OneBitLinear": lambda: layer(x),
         "nn.Linear": lambda: linear(x),
     }
