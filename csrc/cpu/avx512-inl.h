@@ -155,17 +155,22 @@ struct Avx512 {
     }
   }
 
-  // out[i] = dword i of 16 rows, lane = row.
-  static ONEBIT_INLINE void transpose_dwords(
-      const char* p, int64_t stride, int last, int bytes, __m512i (&out)[4]) {
-    __m512i z[4];
-    load_rows(p, stride, last, bytes, z);
+  // Dwords of rows as load_rows leaves them.
+  static ONEBIT_INLINE void transpose_4(const __m512i* z, __m512i* out) {
     const __m512i a = _mm512_unpacklo_epi32(z[0], z[1]), b = _mm512_unpackhi_epi32(z[0], z[1]);
     const __m512i c = _mm512_unpacklo_epi32(z[2], z[3]), d = _mm512_unpackhi_epi32(z[2], z[3]);
     out[0] = _mm512_unpacklo_epi64(a, c);
     out[1] = _mm512_unpackhi_epi64(a, c);
     out[2] = _mm512_unpacklo_epi64(b, d);
     out[3] = _mm512_unpackhi_epi64(b, d);
+  }
+
+  // out[i] = dword i of 16 rows, lane = row.
+  static ONEBIT_INLINE void transpose_dwords(
+      const char* p, int64_t stride, int last, int bytes, __m512i (&out)[4]) {
+    __m512i z[4];
+    load_rows(p, stride, last, bytes, z);
+    transpose_4(z, out);
   }
 
   // Scales or biases of 16 rows as floats, lane = row: group i goes to out + i * ld. `p` is the

@@ -11,16 +11,6 @@ template <int kPairs_>
 struct PairsAvx512 : Avx512 {
   static constexpr int kPairs = kPairs_;  // of 16 rows
 
-  // Dwords of 4 vectors of rows, as transpose_dwords leaves them.
-  static ONEBIT_INLINE void transpose_4(const __m512i* z, __m512i* out) {
-    const __m512i a = _mm512_unpacklo_epi32(z[0], z[1]), b = _mm512_unpackhi_epi32(z[0], z[1]);
-    const __m512i c = _mm512_unpacklo_epi32(z[2], z[3]), d = _mm512_unpackhi_epi32(z[2], z[3]);
-    out[0] = _mm512_unpacklo_epi64(a, c);
-    out[1] = _mm512_unpackhi_epi64(a, c);
-    out[2] = _mm512_unpacklo_epi64(b, d);
-    out[3] = _mm512_unpackhi_epi64(b, d);
-  }
-
   // f(pair, word, halves) for every pair and every fourth word of kPairs * 32 rows of `words` words
   // each. The last of `rows` rows stands for those after it; words past the end are 0.
   template <class F>

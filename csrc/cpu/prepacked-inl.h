@@ -8,10 +8,6 @@
 namespace onebit::cpu {
 namespace {
 
-ONEBIT_INLINE PrepackedLayout prepacked_layout(const Weights& w) {
-  return {w.rows, w.columns, w.group_size, int(element_size(w.dtype)), w.biases != nullptr};
-}
-
 // Scales or biases of one group and up to one tile of rows.
 template <class T>
 void copy_levels(const T* from, int64_t stride, int64_t rows, T* to) {
@@ -30,7 +26,7 @@ inline void copy_levels(const void* from, int64_t stride, int64_t rows, int64_t 
 
 inline void prepack(const Weights& w, char* out, int64_t begin, int64_t end) {
   using Pairs = PairsAvx512<PrepackedLayout::kTileRows / 32>;
-  const auto layout = prepacked_layout(w);
+  const PrepackedLayout layout(w);
   const int64_t words = w.columns / kWordBits, size = element_size(w.dtype);
   const int halves_per_group = w.group_size / 16;
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -95,7 +91,7 @@ constexpr int64_t kPrepackedPanel = 4096;  // outputs that share tables and fit 
 
 template <class L, int kWords>
 void qmm_prepacked_panels(const QmmArgs& a, const char* prepacked, const Block& block) {
-  const auto layout = prepacked_layout(a.w);
+  const PrepackedLayout layout(a.w);
   const int64_t panel = at_most(kPrepackedPanel, block.n_end - block.n_begin);
   const int64_t ld = tiles_for(panel, L::kRows) * L::kRows;
   Arena arena(L::kMaxM * (L::table_size(kWords) + ld) * 4);

@@ -13,14 +13,6 @@
 namespace onebit::cpu {
 namespace {
 
-PrepackedLayout layout_of(const Tensor& packed,
-                          const Tensor& scales,
-                          const OptionalTensor& biases,
-                          int64_t group_size) {
-  return {packed.size(0), packed.size(1) * kWordBits, int(group_size), int(scales.element_size()),
-          biases.has_value()};
-}
-
 // A sample, for all would cost what the copy saves: the first and the last group of rows spread
 // over the matrix.
 bool is_copy(const char* copy, const PrepackedLayout& layout, const Weights& w) {
@@ -42,13 +34,13 @@ Tensor prepack(const Tensor& packed,
   const auto& table = kernels();
   TORCH_CHECK_NOT_IMPLEMENTED(table.prepack,
                               "onebit::prepack must run with the avx512 kernels, got ", table.name);
-  const auto layout = layout_of(packed, scales, biases, group_size);
+  const WeightTensors weights(packed, scales, biases, group_size);
+  const auto w = weights.matrix(0, packed.size(0));
+  const PrepackedLayout layout(w);
   auto out = at::empty({layout.bytes()}, packed.options().dtype(at::kByte));
   char* data = static_cast<char*>(out.mutable_data_ptr());
-  const WeightTensors weights(packed, scales, biases, group_size);
-  at::parallel_for(0, layout.tiles, 16, [&](int64_t begin, int64_t end) {
-    table.prepack(weights.matrix(0, packed.size(0)), data, begin, end);
-  });
+  at::parallel_for(0, layout.tiles, 16,
+                   [&](int64_t begin, int64_t end) { table.prepack(w, data, begin, end); });
   return out;
 }
 
@@ -65,9 +57,9 @@ Tensor qmm_prepacked(const Tensor& x,
       x.scalar_type() == at::kDouble || !table.qmm_prepacked) {
     return ops::qmm().call(x, packed, scales, biases, group_size, true);
   }
-  const auto layout = layout_of(packed, scales, biases, group_size);
   const WeightTensors weights(packed, scales, biases, group_size);
   const auto w = weights.matrix(0, shape.n);
+  const PrepackedLayout layout(w);
   const char* data = static_cast<const char*>(prepacked.const_data_ptr());
   TORCH_CHECK_VALUE(
       prepacked.numel() == layout.bytes() && is_copy(data, layout, w),

@@ -25,12 +25,12 @@ struct PrepackedLayout {
     return (rows + (kTileRows - 1)) / kTileRows * (columns / group_size) * block_bytes;
   }
 
-  PrepackedLayout(int64_t rows, int64_t columns, int group_size, int level_size, bool has_biases)
-      : tiles((rows + kTileRows - 1) / kTileRows),
-        groups(columns / group_size),
-        word_bytes(kTileRows * group_size / 8),
-        level_bytes(kTileRows * level_size),
-        block_bytes(block_size(group_size, level_size, has_biases)) {}
+  explicit PrepackedLayout(const Weights& w)
+      : tiles((w.rows + kTileRows - 1) / kTileRows),
+        groups(w.columns / w.group_size),
+        word_bytes(kTileRows * w.group_size / 8),
+        level_bytes(kTileRows * element_size(w.dtype)),
+        block_bytes(block_size(w.group_size, element_size(w.dtype), w.biases != nullptr)) {}
 
   int64_t bytes() const { return groups * tiles * block_bytes; }
   int64_t offset(int64_t group, int64_t tile) const { return (group * tiles + tile) * block_bytes; }

@@ -51,10 +51,6 @@ class Arena {
   char* next_;
 };
 
-ONEBIT_INLINE int64_t element_size(DType dtype) {
-  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
-}
-
 ONEBIT_INLINE int64_t row_of(const int64_t* rows, int64_t m) { return rows ? rows[m] : m; }
 
 // `count` values as floats: where they are, or converted into `buffer`.

@@ -55,7 +55,7 @@ class Guarded {
   size_t length_;
 };
 
-size_t size_of(DType t) { return t == DType::kDouble ? 8 : t == DType::kFloat ? 4 : 2; }
+size_t size_of(DType t) { return size_t(element_size(t)); }
 
 float get(const Guarded& b, DType t, int64_t i) {
   if (t == DType::kHalf) return to_float(b.as<Half>()[i]);
@@ -189,7 +189,7 @@ void test_prepacked(const Kernels& table, const Case& c) {
   const Problem p(c, true);
   const Guarded got(c.m * p.n * size_of(c.x)), want(c.m * p.n * size_of(c.x));
   const auto args = p.args(c, got);
-  const PrepackedLayout layout(p.n, p.k, c.group_size, int(size_of(c.scales)), !c.symmetric);
+  const PrepackedLayout layout(args.w);
   const Guarded copy(layout.bytes());
   const int64_t middle = layout.tiles / 2, n = middle * PrepackedLayout::kTileRows;
   table.prepack(args.w, copy.data(), middle, layout.tiles);
