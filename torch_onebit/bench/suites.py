@@ -1,9 +1,12 @@
 """The comparisons: one shape at many batch sizes, real models' shapes, memory-bound passes."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from torch_onebit import ops
+from torch_onebit.bench.limits import FMA_STEPS
 from torch_onebit.bench.measure import Timing, interleave
 from torch_onebit.bench.peers import Weights, error, ours, peers, prepacked
 
@@ -134,28 +137,24 @@ def variants(rounds: int) -> list[Row]:
 def threads(rounds: int) -> list[Row]:
     """One thread against all of them; the FMA peak says how much a second one gives at most."""
     count = torch.get_num_threads()
-    rows = []
-    steps = 1 << 20
-    macs = torch.ops.onebit.multiply_adds(steps)
 
-    def peak(number: int) -> object:
-        torch.set_num_threads(number)
-        return torch.ops.onebit.multiply_adds(steps)
+    def peak() -> int:
+        return torch.ops.onebit.multiply_adds(FMA_STEPS)
 
-    times = interleave({f"{c} threads": lambda c=c: peak(c) for c in (1, count)}, rounds)
-    for name, timing in times.items():
-        work = macs if name == f"{count} threads" else macs // count
-        rows.append(_row("float32 FMA peak", name, work, "MAC", timing))
+    macs = peak()
+    work = {"float32 FMA peak": (peak, {1: macs // count, count: macs})}
     for m in (1, 8, 128):
         call = ours(torch.randn(m, 4096), Weights.random(4096, 4096, 128))
+        work[f"4096x4096 m={m}"] = (call, dict.fromkeys((1, count), m * 4096 * 4096))
 
-        def on(number: int, call=call) -> object:
-            torch.set_num_threads(number)
-            return call()
+    def on(number: int, call: Callable[[], object]) -> object:
+        torch.set_num_threads(number)
+        return call()
 
-        times = interleave({f"{c} threads": lambda c=c: on(c) for c in (1, count)}, rounds)
-        for name, timing in times.items():
-            rows.append(_row(f"4096x4096 m={m}", name, m * 4096 * 4096, "MAC", timing))
+    rows = []
+    for case, (call, macs_of) in work.items():
+        times = interleave({c: lambda c=c, call=call: on(c, call) for c in macs_of}, rounds)
+        rows += [_row(case, f"{c} threads", macs_of[c], "MAC", t) for c, t in times.items()]
     torch.set_num_threads(count)
     return rows
 
