@@ -76,9 +76,7 @@ class OneBitEmbedding(OneBitModule):
 
     def as_linear(self, x: Tensor) -> Tensor:
         """``x @ w.T``, the head of a model that ties it to its embedding: ``[..., rows]``."""
-        prepacked = self._prepacked
-        if prepacked is not None:
-            prepacked = self._prepacked_now()
+        prepacked = self._prepacked_now()
         return linear_op(x, self.weight, self.scales, self.biases, None, prepacked, self.group_size)
 
     @classmethod

@@ -63,9 +63,7 @@ class OneBitLinear(OneBitModule):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        prepacked = self._prepacked
-        if prepacked is not None:
-            prepacked = self._prepacked_now()
+        prepacked = self._prepacked_now()
         own = self._parameters
         try:  # a third of the time of nn.Module's attributes, 1.3 us a call
             weight, bias = self._buffers["weight"], own["bias"]

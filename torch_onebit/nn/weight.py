@@ -125,9 +125,9 @@ class OneBitModule(nn.Module):
         return tuple(t._version for t in tensors if t is not None and not t.is_inference())
 
     def _prepacked_now(self) -> Tensor | None:
-        """The copy, for a forward pass. The operator compares a sample of it with the weights, for
-        compiled graphs; a change of any element shows here."""
-        if torch.compiler.is_exporting():
+        """The copy for a forward pass, if there is one. The operator compares a sample of it with
+        the weights, for compiled graphs; a change of any element shows here."""
+        if self._prepacked is None or torch.compiler.is_exporting():
             return None  # an exported program has its own copy of the weights
         if not torch.compiler.is_compiling() and self._versions() != self._prepacked_versions:
             raise ValueError(
