@@ -117,6 +117,28 @@ def test_converted_model_computes_what_the_trained_one_did(rule, tied):
     torch.testing.assert_close(half(x).float(), expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rule", RULES)
+def test_conversion_takes_the_bits_of_the_forward_pass(rule, dtype, device):
+    """Decided in float32 by both, whatever the dtype of the weights; groups of one value too."""
+    layer = QATLinear(nn.Linear(256, 32, bias=False), rule=rule, group_size=32)
+    with torch.no_grad():
+        layer.weight[0] = 0.25
+        layer.weight[1] *= 1e-7
+        if rule == "learnable":  # a step of training: levels are no longer those of the weights
+            layer.scales.mul_(torch.empty_like(layer.scales).uniform_(-0.2, 1.4))
+            layer.biases.mul_(torch.empty_like(layer.biases).uniform_(0.6, 1.4))
+    layer.to(device, dtype)
+    x = torch.eye(256, dtype=dtype, device=device)
+    model = convert_(nn.Sequential(layer))
+    w = model[0].dequantize()
+    if dtype in (torch.float32, torch.float64):
+        torch.testing.assert_close(w, layer(x).T, rtol=1e-6, atol=1e-12)
+    # A bit that differs is wrong by the whole scale; rounding of 16-bit levels, by their last bit.
+    far = (w - layer(x).T).abs() > 4 * torch.finfo(dtype).eps * (w.abs() + layer(x).T.abs())
+    assert not far.any()
+
+
 def test_symmetric_conversion_has_no_biases():
     model, x = prepare_qat_(Net(), rule="sign", group_size=32, symmetric=True), tokens()
     expected = model(x).detach()

@@ -11,6 +11,8 @@ Rules, per group of weights v, all with ``bit = v > threshold``:
 import torch
 from torch import Tensor
 
+from torch_onebit.packing import pack_bits
+
 RULES = ("minmax", "sign", "mean", "optimal")
 
 
@@ -80,6 +82,22 @@ def fake_quantize_affine(
         ValueError: an argument that is not allowed; the message names it and its value.
     """
     return torch.ops.onebit.fake_quantize_affine(w, scales, biases, group_size, dtype=dtype)
+
+
+def quantize_affine(w: Tensor, scales: Tensor, biases: Tensor, group_size: int = 128) -> Tensor:
+    """The bits that ``fake_quantize_affine`` takes, packed: they follow from its own results.
+
+    Args:
+        w, scales, biases, group_size: as in ``fake_quantize_affine``.
+    Returns:
+        packed ``[..., k // 32]`` int32.
+    Raises:
+        ValueError: an argument that is not allowed; the message names it and its value.
+    """
+    exact = torch.float64 if w.dtype == torch.float64 else torch.float32
+    w_hat = torch.ops.onebit.fake_quantize_affine(w, scales, biases, group_size, dtype=exact)
+    low = biases.to(exact).unsqueeze(-1)
+    return pack_bits((w_hat.unflatten(-1, (-1, group_size)) != low).flatten(-2))
 
 
 def fake_quantize_affine_backward(

@@ -4,16 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_onebit import ops
 from torch_onebit.checks import check_group_size, check_kind
 from torch_onebit.level_ops import (
     RULES,
     fake_quantize,
     fake_quantize_affine,
+    quantize_affine,
     quantize_levels,
 )
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule
-from torch_onebit.packing import pack_bits
 from torch_onebit.qat.function import latent_linear
 
 QAT_RULES = (*RULES, "learnable")
@@ -52,13 +51,8 @@ class LatentModule(nn.Module):
     def quantize(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(packed, scales, biases) of the weights the layer computes with."""
         if self.rule == "learnable":
-            half = self.scales / 2
-            distance = self.weight.unflatten(-1, (-1, self.group_size)) - self.biases.unsqueeze(-1)
-            half = half.unsqueeze(-1)
-            bits = torch.where(half >= 0, distance > half, distance < half).flatten(-2)
-            return pack_bits(bits), self.scales.clone(), self.biases.clone()
-        if self.rule == "minmax":
-            return ops.quantize(self.weight, self.group_size)
+            packed = quantize_affine(self.weight, self.scales, self.biases, self.group_size)
+            return packed, self.scales.clone(), self.biases.clone()
         packed, scales, biases = quantize_levels(self.weight, self.rule, self.group_size)
         return packed, scales, None if self.symmetric else biases
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from torch_onebit.checks import check_level_dtype
+from torch_onebit.level_ops import quantize_levels
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
 from torch_onebit.qat.layers import (
     FakeQuantize,
@@ -167,9 +168,10 @@ def _convert(layer: nn.Module, dtype: torch.dtype | None) -> OneBitModule:
         packed, scales, biases = layer.quantize()
         group_size, symmetric = layer.group_size, layer.symmetric
     else:
-        # The weight has two values per group by now, or one: both come back exactly.
+        # The weight has two values per group by now, or one: both come back exactly, also where
+        # they are nearer than the least scale of ops.quantize.
         group_size, symmetric = layer.parametrizations.weight[-1].group_size, False
-        packed, scales, biases = torch.ops.onebit.quantize(layer.weight, group_size)
+        packed, scales, biases = quantize_levels(layer.weight, "minmax", group_size)
     bias = getattr(layer, "bias", None)
     if isinstance(layer, QATEmbedding | nn.Embedding):
         new: OneBitModule = OneBitEmbedding(
