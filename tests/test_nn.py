@@ -64,6 +64,53 @@ def test_binary_weights_convert_exactly():
         assert back.weight.requires_grad
 
 
+def test_packed_tensors_make_a_layer_without_a_copy():
+    made = OneBitLinear(128, 8, group_size=64)
+    tensors = made.weight.view(torch.uint32), made.scales, made.biases
+    layer = OneBitLinear.from_packed(*tensors, made.bias, group_size=64)
+    assert (layer.in_features, layer.out_features, layer.symmetric) == (128, 8, False)
+    assert layer.weight.dtype == torch.int32
+    assert layer.weight.data_ptr() == made.weight.data_ptr()
+    assert layer.scales.data_ptr() == made.scales.data_ptr() and not layer.scales.requires_grad
+    assert layer.bias is made.bias
+    x = torch.randn(2, 128)
+    assert torch.equal(layer(x), made(x))
+    symmetric = OneBitLinear.from_packed(made.weight, made.scales.detach(), None, group_size=64)
+    assert symmetric.symmetric and symmetric.bias is None and not symmetric.scales.requires_grad
+    rows = OneBitEmbedding.from_packed(*tensors, 3, group_size=64)
+    assert (rows.num_embeddings, rows.embedding_dim, rows.padding_idx) == (8, 128, 3)
+    assert torch.equal(rows(torch.tensor([1, 7])), made.dequantize()[[1, 7]])
+
+
+WORDS, SCALES = torch.zeros(8, 4, dtype=torch.int32), torch.ones(8, 2)
+NOT_PACKED = [
+    ((WORDS.long(), SCALES, None), ValueError, "weight must be int32 or uint32, got torch.int64"),
+    ((WORDS[0], SCALES, None), ValueError, "weight must have 2 dimensions, got 1"),
+    ((WORDS[:, :3], SCALES, None), ValueError, "weight must have a last dimension of whole .* 3"),
+    ((WORDS, SCALES[:, :1], None), ValueError, r"scales must have shape \[8, 2\], got \[8, 1\]"),
+    ((WORDS, SCALES.int(), None), ValueError, "scales must be float32, .* got torch.int32"),
+    ((WORDS, SCALES, SCALES[:7]), ValueError, r"biases must have shape \[8, 2\], got \[7, 2\]"),
+    ((WORDS, SCALES, SCALES.half()), ValueError, "biases must have the dtype of scales"),
+    ((WORDS, None, None), TypeError, "scales must be a tensor, got NoneType"),
+]
+
+
+@pytest.mark.parametrize("tensors, error, message", NOT_PACKED, ids=[r[2] for r in NOT_PACKED])
+@pytest.mark.parametrize("cls", [OneBitLinear, OneBitEmbedding])
+def test_tensors_of_another_format_are_refused(cls, tensors, error, message):
+    with pytest.raises(error, match=message):
+        cls.from_packed(*tensors, group_size=64)
+
+
+def test_importance_weighs_the_rows_of_an_embedding():
+    embedding, importance = nn.Embedding(4, 64), torch.rand(64)
+    layer = OneBitEmbedding.from_embedding(embedding, group_size=64, importance=importance)
+    linear = nn.Linear(64, 4)
+    linear.weight = embedding.weight
+    weighed = OneBitLinear.from_linear(linear, group_size=64, importance=importance)
+    assert torch.equal(layer.dequantize(), weighed.dequantize())
+
+
 CASTS = [
     ("half", lambda m: m.half(), torch.float16),
     ("bfloat16", lambda m: m.bfloat16(), torch.bfloat16),

@@ -4,7 +4,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 GROUP_SIZES = (32, 64, 128)
 LEVEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -37,3 +37,35 @@ def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], words: str
 
 def check_model(model: Any) -> None:
     check_kind("model", model, nn.Module, "an nn.Module")
+
+
+def check_packed(weight: Any, scales: Any, biases: Any, group_size: Any) -> None:
+    """One matrix of the format: words ``[n, k // 32]``, levels ``[n, k // group_size]``."""
+    check_group_size(group_size)
+    for name, value in (("weight", weight), ("scales", scales), ("biases", biases)):
+        if not isinstance(value, Tensor) and not (name == "biases" and value is None):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if weight.dtype not in (torch.int32, torch.uint32):
+        raise ValueError(f"weight must be int32 or uint32, got {weight.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have 2 dimensions, got {weight.dim()}")
+    words = group_size // 32
+    if weight.shape[1] % words:
+        raise ValueError(
+            f"weight must have a last dimension of whole groups of {words} words, "
+            f"got {weight.shape[1]}"
+        )
+    groups = [weight.shape[0], weight.shape[1] // words]
+    for name, levels in (("scales", scales), ("biases", biases)):
+        if levels is None:
+            continue
+        if levels.dtype not in LEVEL_DTYPES:
+            raise ValueError(
+                f"{name} must be float32, float16, bfloat16 or float64, got {levels.dtype}"
+            )
+        if list(levels.shape) != groups:
+            raise ValueError(f"{name} must have shape {groups}, got {list(levels.shape)}")
+    if biases is not None and biases.dtype != scales.dtype:
+        raise ValueError(
+            f"biases must have the dtype of scales, {scales.dtype}, got {biases.dtype}"
+        )

@@ -155,18 +155,15 @@ class _Job:
     def install(self, result: "_Result") -> None:
         """Put the 1-bit layer everywhere the float one was."""
         layer = self.layer
-        options = {"group_size": self.group_size, "symmetric": self.symmetric, "device": "meta"}
+        levels = result.packed, result.scales, result.biases
+        options = {"group_size": self.group_size}
         if isinstance(layer, nn.Embedding):
-            self.new = OneBitEmbedding(
-                layer.num_embeddings, layer.embedding_dim, layer.padding_idx, **options
-            )
+            self.new = OneBitEmbedding.from_packed(*levels, layer.padding_idx, **options)
         else:
-            self.new = OneBitLinear(layer.in_features, layer.out_features, False, **options)
-            self.new.bias = layer.bias
             if result.bias is not None:
                 with torch.no_grad():
                     layer.bias.copy_(result.bias)
-        self.new._set_weight(result.packed, result.scales, result.biases)
+            self.new = OneBitLinear.from_packed(*levels, layer.bias, **options)
         new: nn.Module = self.new
         if result.lora_a is not None:
             new = LoRALinear(self.new, rank=len(result.lora_a))

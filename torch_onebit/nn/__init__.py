@@ -2,6 +2,7 @@
 
 from torch_onebit.nn.embedding import OneBitEmbedding
 from torch_onebit.nn.linear import OneBitLinear
-from torch_onebit.nn.weight import OneBitModule, tie
+from torch_onebit.nn.ties import tie
+from torch_onebit.nn.weight import OneBitModule
 
 __all__ = ["OneBitEmbedding", "OneBitLinear", "OneBitModule", "tie"]

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from torch_onebit import ops
-from torch_onebit.checks import check_kind
+from torch_onebit.checks import check_kind, check_packed
+from torch_onebit.methods import quantize_weight
 from torch_onebit.nn.weight import OneBitModule
 from torch_onebit.ops import linear_op
+from torch_onebit.packing import WORD_BITS
 
 
 class OneBitEmbedding(OneBitModule):
@@ -87,11 +89,13 @@ class OneBitEmbedding(OneBitModule):
         group_size: int = 128,
         symmetric: bool = False,
         method: str = "optimal",
+        importance: Tensor | None = None,
     ) -> "OneBitEmbedding":
         """Quantize an ``nn.Embedding``.
 
         Args:
-            method: as in ``quantize_weight``, without "calibrated": rows have no inputs.
+            method, importance: as in ``quantize_weight``, without "calibrated": rows have no
+                inputs.
         Raises:
             ValueError: a group size or ``embedding_dim`` that the format does not allow, a method
                 that does not exist, or an embedding with ``max_norm``, which rewrites rows as they
@@ -100,16 +104,34 @@ class OneBitEmbedding(OneBitModule):
         check_kind("embedding", embedding, nn.Embedding, "an nn.Embedding")
         if embedding.max_norm is not None:
             raise ValueError(f"embedding must have no max_norm, got {embedding.max_norm}")
-        layer = cls(
-            embedding.num_embeddings,
-            embedding.embedding_dim,
-            embedding.padding_idx,
-            group_size=group_size,
-            symmetric=symmetric,
-            device="meta",
+        packed = quantize_weight(
+            embedding.weight, method, group_size, symmetric=symmetric, importance=importance
         )
-        layer._quantize(embedding.weight, method)
+        layer = cls.from_packed(*packed, embedding.padding_idx, group_size=group_size)
         return layer.train(embedding.training)
+
+    @classmethod
+    def from_packed(
+        cls,
+        weight: Tensor,
+        scales: Tensor,
+        biases: Tensor | None,
+        padding_idx: int | None = None,
+        *,
+        group_size: int,
+    ) -> "OneBitEmbedding":
+        """A layer that holds tensors of the format, as they are; see ``OneBitLinear.from_packed``.
+
+        Raises:
+            ValueError: a tensor that the format does not allow; the message names it.
+            TypeError: something else than a tensor.
+        """
+        check_packed(weight, scales, biases, group_size)
+        rows, words = weight.shape
+        options = {"group_size": group_size, "symmetric": biases is None, "device": "meta"}
+        layer = cls(rows, words * WORD_BITS, padding_idx, **options)
+        layer._take(weight, scales, biases)
+        return layer
 
     def to_embedding(self) -> nn.Embedding:
         """An ``nn.Embedding`` of the dequantized weights."""

@@ -5,9 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from torch_onebit.checks import check_kind
+from torch_onebit.checks import check_kind, check_packed
+from torch_onebit.methods import quantize_weight
 from torch_onebit.nn.weight import OneBitModule, uniform_std
 from torch_onebit.ops import linear_op
+from torch_onebit.packing import WORD_BITS
 
 
 class OneBitLinear(OneBitModule):
@@ -93,17 +95,49 @@ class OneBitLinear(OneBitModule):
                 method that does not exist or lacks what it needs.
         """
         check_kind("linear", linear, nn.Linear, "an nn.Linear")
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            bias=False,
-            group_size=group_size,
+        packed = quantize_weight(
+            linear.weight,
+            method,
+            group_size,
             symmetric=symmetric,
-            device="meta",
+            importance=importance,
+            moments=moments,
         )
-        layer._quantize(linear.weight, method, importance=importance, moments=moments)
-        layer.bias = linear.bias
+        layer = cls.from_packed(*packed, linear.bias, group_size=group_size)
         return layer.train(linear.training)
+
+    @classmethod
+    def from_packed(
+        cls,
+        weight: Tensor,
+        scales: Tensor,
+        biases: Tensor | None,
+        bias: Tensor | None = None,
+        *,
+        group_size: int,
+    ) -> "OneBitLinear":
+        """A layer that holds tensors of the format, as they are: nothing is copied.
+
+        Args:
+            weight: ``[n, k // 32]``, int32 or uint32 (viewed as int32).
+            scales, biases: ``[n, k // group_size]``, one floating dtype; biases are None for the
+                symmetric form.
+            bias: ``[n]``; a Parameter is taken over, another tensor becomes one.
+            group_size: 32, 64 or 128.
+        Raises:
+            ValueError: a tensor that the format does not allow; the message names it.
+            TypeError: something else than a tensor.
+        """
+        check_packed(weight, scales, biases, group_size)
+        n, words = weight.shape
+        options = {"group_size": group_size, "symmetric": biases is None, "device": "meta"}
+        layer = cls(words * WORD_BITS, n, bias=False, **options)
+        layer._take(weight, scales, biases)
+        if bias is not None:
+            if list(bias.shape) != [n]:
+                raise ValueError(f"bias must have shape {[n]}, got {list(bias.shape)}")
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        return layer
 
     def to_linear(self) -> nn.Linear:
         """An ``nn.Linear`` of the dequantized weights; ``bias`` is taken over, not copied."""

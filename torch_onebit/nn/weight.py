@@ -1,7 +1,6 @@
 """What OneBitLinear and OneBitEmbedding have in common: a packed matrix and its levels."""
 
 import math
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,33 +9,8 @@ from torch import Tensor, nn
 
 from torch_onebit import ops
 from torch_onebit.checks import check_count, check_group_size, check_level_dtype
-from torch_onebit.methods import quantize_weight
+from torch_onebit.nn.ties import TENSORS, Tie
 from torch_onebit.packing import WORD_BITS
-
-
-class _Tie:
-    """Keeps tensors shared when the modules that share them move one after the other.
-
-    PyTorch copies a shared buffer once for every module that has it, and a shared Parameter too
-    when its storage cannot be replaced in place (to and from the meta device).
-    """
-
-    def __init__(self) -> None:
-        self._moves: dict[str, tuple[weakref.ref[Tensor], Tensor]] = {}
-
-    def follow(self, name: str, before: Tensor, after: Tensor) -> Tensor:
-        """What stands for ``before`` now: where the first module to move took it."""
-        source, moved = self._moves.get(name, (None, None))
-        if source is not None and source() is before:
-            return moved
-        self._moves[name] = (weakref.ref(before), after)
-        return after
-
-    def __reduce__(self) -> tuple[type["_Tie"], tuple[()]]:
-        return (_Tie, ())
-
-
-_TENSORS = ("weight", "scales", "biases")
 
 
 class OneBitModule(nn.Module):
@@ -73,7 +47,7 @@ class OneBitModule(nn.Module):
             )
         self.group_size = group_size
         self.symmetric = symmetric
-        self._tie: _Tie | None = None
+        self._tie: Tie | None = None
         self._prepacked: Tensor | None = None
         self._prepacked_versions: tuple[int, ...] = ()
         words = torch.empty(rows, columns // WORD_BITS, dtype=torch.int32, device=device)
@@ -95,12 +69,6 @@ class OneBitModule(nn.Module):
             self.scales.fill_(2 * std)
             if self.biases is not None:
                 self.biases.fill_(-std)
-
-    def _quantize(self, w: Tensor, method: str, **given: Tensor | None) -> None:
-        """Take the weights of w ``[rows, columns]``; given is importance or moments."""
-        self._set_weight(
-            *quantize_weight(w, method, self.group_size, symmetric=self.symmetric, **given)
-        )
 
     def prepack(self) -> int:
         """Make the interleaved copy of the weights that one to four rows of x are multiplied with.
@@ -139,11 +107,12 @@ class OneBitModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepacked": None}
 
-    def _set_weight(self, packed: Tensor, scales: Tensor, biases: Tensor | None) -> None:
+    def _take(self, weight: Tensor, scales: Tensor, biases: Tensor | None) -> None:
+        """Hold these tensors; legal by ``check_packed``, in the form the layer was made for."""
         self._prepacked = None
-        self.weight = packed
-        self.scales = nn.Parameter(scales, requires_grad=False)
-        self.biases = None if biases is None else nn.Parameter(biases, requires_grad=False)
+        self.weight = weight.view(torch.int32)
+        self.scales = nn.Parameter(scales.detach(), requires_grad=False)
+        self.biases = None if biases is None else nn.Parameter(biases.detach(), requires_grad=False)
 
     def dequantize(self) -> Tensor:
         """The weights ``[rows, columns]`` in the dtype of scales."""
@@ -153,7 +122,7 @@ class OneBitModule(nn.Module):
         self._prepacked = None
         if self._tie is None:
             return super()._apply(fn, recurse)
-        before = {name: getattr(self, name) for name in _TENSORS}
+        before = {name: getattr(self, name) for name in TENSORS}
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = getattr(self, name)
@@ -174,27 +143,6 @@ class OneBitModule(nn.Module):
             error_msgs.append(f"{key} must be int32 or uint32, got {stored.dtype}")
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def tie(first: OneBitModule, second: OneBitModule) -> None:
-    """Make second use the weights of first, in place; they stay shared when the model is moved.
-
-    Raises:
-        ValueError: weights of different shape, group size or form.
-    """
-    if first.weight.shape != second.weight.shape or first.group_size != second.group_size:
-        raise ValueError(
-            f"second must have packed weights {list(first.weight.shape)} in groups of "
-            f"{first.group_size}, got {list(second.weight.shape)} in groups of {second.group_size}"
-        )
-    if first.symmetric != second.symmetric:
-        raise ValueError(
-            f"second must have symmetric={first.symmetric}, got symmetric={second.symmetric}"
-        )
-    first._tie = second._tie = first._tie or _Tie()
-    second._prepacked = None
-    for name in _TENSORS:
-        setattr(second, name, getattr(first, name))
 
 
 def uniform_std(columns: int) -> float:

@@ -166,32 +166,16 @@ def _prepare(layer: nn.Module, options: dict[str, Any]) -> nn.Module:
 def _convert(layer: nn.Module, dtype: torch.dtype | None) -> OneBitModule:
     if isinstance(layer, LatentModule):
         packed, scales, biases = layer.quantize()
-        group_size, symmetric = layer.group_size, layer.symmetric
+        group_size = layer.group_size
     else:
         # The weight has two values per group by now, or one: both come back exactly, also where
         # they are nearer than the least scale of ops.quantize.
-        group_size, symmetric = layer.parametrizations.weight[-1].group_size, False
+        group_size = layer.parametrizations.weight[-1].group_size
         packed, scales, biases = quantize_levels(layer.weight, "minmax", group_size)
-    bias = getattr(layer, "bias", None)
-    if isinstance(layer, QATEmbedding | nn.Embedding):
-        new: OneBitModule = OneBitEmbedding(
-            layer.num_embeddings,
-            layer.embedding_dim,
-            layer.padding_idx,
-            group_size=group_size,
-            symmetric=symmetric,
-            device="meta",
-        )
-    else:
-        new = OneBitLinear(
-            layer.in_features,
-            layer.out_features,
-            bias=False,
-            group_size=group_size,
-            symmetric=symmetric,
-            device="meta",
-        )
-        new.bias = bias
     dtype = dtype or scales.dtype
-    new._set_weight(packed, scales.to(dtype), None if biases is None else biases.to(dtype))
+    levels = scales.to(dtype), None if biases is None else biases.to(dtype)
+    if isinstance(layer, QATEmbedding | nn.Embedding):
+        new = OneBitEmbedding.from_packed(packed, *levels, layer.padding_idx, group_size=group_size)
+    else:
+        new = OneBitLinear.from_packed(packed, *levels, layer.bias, group_size=group_size)
     return new.train(layer.training)

@@ -1,0 +1,54 @@
+"""Packed weights that several modules share, as a head shares those of its embedding."""
+
+import weakref
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch_onebit.nn.weight import OneBitModule
+
+TENSORS = ("weight", "scales", "biases")
+
+
+class Tie:
+    """Keeps tensors shared when the modules that share them move one after the other.
+
+    PyTorch copies a shared buffer once for every module that has it, and a shared Parameter too
+    when its storage cannot be replaced in place (to and from the meta device).
+    """
+
+    def __init__(self) -> None:
+        self._moves: dict[str, tuple[weakref.ref[Tensor], Tensor]] = {}
+
+    def follow(self, name: str, before: Tensor, after: Tensor) -> Tensor:
+        """What stands for ``before`` now: where the first module to move took it."""
+        source, moved = self._moves.get(name, (None, None))
+        if source is not None and source() is before:
+            return moved
+        self._moves[name] = (weakref.ref(before), after)
+        return after
+
+    def __reduce__(self) -> tuple[type["Tie"], tuple[()]]:
+        return (Tie, ())
+
+
+def tie(first: "OneBitModule", second: "OneBitModule") -> None:
+    """Make second use the weights of first, in place; they stay shared when the model is moved.
+
+    Raises:
+        ValueError: weights of different shape, group size or form.
+    """
+    if first.weight.shape != second.weight.shape or first.group_size != second.group_size:
+        raise ValueError(
+            f"second must have packed weights {list(first.weight.shape)} in groups of "
+            f"{first.group_size}, got {list(second.weight.shape)} in groups of {second.group_size}"
+        )
+    if first.symmetric != second.symmetric:
+        raise ValueError(
+            f"second must have symmetric={first.symmetric}, got symmetric={second.symmetric}"
+        )
+    first._tie = second._tie = first._tie or Tie()
+    second._prepacked = None
+    for name in TENSORS:
+        setattr(second, name, getattr(first, name))
