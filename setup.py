@@ -1,12 +1,20 @@
-"""Builds torch_onebit._C, the operators. Everything else about the package is in pyproject.toml."""
+"""Builds torch_onebit._C, the operators, and says in the package's metadata for which torch.
+
+Everything else about the package is in pyproject.toml.
+"""
 
 import os
+import re
+import shlex
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import setup
 
 try:
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError as error:
     raise SystemExit(
@@ -79,4 +87,54 @@ def extension() -> CppExtension:
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+class BuildChecked(BuildExtension):
+    """BuildExtension, which without a compiler ends in a hundred lines that do not say so."""
+
+    def run(self) -> None:
+        check_compiler(shlex.split(os.environ.get("CXX", "c++")))
+        super().run()
+
+
+def check_compiler(command: list[str]) -> None:
+    """Compile and link a C++17 program, as torch's BuildExtension would call the compiler."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text(
+            "#include <optional>\nint main() { return std::optional<int>(0).value(); }\n"
+        )
+        arguments = [*command, "-std=c++17", str(source), "-o", f"{folder}/probe"]
+        try:
+            found = subprocess.run(arguments, capture_output=True, text=True)
+            reason = found.stderr.strip() if found.returncode else ""
+        except OSError as error:
+            reason = str(error)
+    if reason:
+        raise SystemExit(
+            "torch_onebit needs a C++17 compiler to build its operators: install one (Debian and "
+            "Ubuntu: apt install g++; macOS: xcode-select --install) or name it in CXX; "
+            f"{shlex.join(command)} does not work: {reason.splitlines()[0]}"
+        )
+
+
+def requirements() -> list[str]:
+    """The extension runs with the minor version of torch that it was built with, and no other."""
+    minor = ".".join(torch.__version__.split(".")[:2])
+    return [f"torch=={minor}.*", "numpy", "tqdm"]
+
+
+def description() -> str:
+    """The README as it reads on its own: relative links become names of files, pictures go."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^!\[[^]]*\]\((?!https?:)[^)]*\)\n\n", "", text, flags=re.MULTILINE)
+    return re.sub(r"\[([^]]*)\]\((?!https?:|#)([^)]*)\)", r"\1 (`\2`)", text)
+
+
+setup(
+    ext_modules=[extension()],
+    cmdclass={"build_ext": BuildChecked},
+    install_requires=requirements(),
+    long_description=description(),
+    long_description_content_type="text/markdown",
+    # The extension calls no Python: one wheel serves every version from 3.10 on.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

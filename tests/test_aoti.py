@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import torch_onebit
+from torch_onebit._load import EXTENSION
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "aoti"))
 import package
@@ -39,7 +40,7 @@ def test_package_runs_from_cpp(packaged, tmp_path):
     command = [os.environ.get("CXX", "g++"), "-std=c++20", str(EXAMPLE / "main.cpp"), "-o", program]
     search = [f"-I{TORCH}/include", f"-L{TORCH}/lib", f"-Wl,-rpath,{TORCH}/lib"]
     subprocess.run([*command, *search, "-Wl,--no-as-needed", *LINK], check=True)
-    library = next(Path(torch_onebit.__file__).parent.glob("_C*.so"))
+    library = Path(torch_onebit.__path__[0]) / EXTENSION
     run = subprocess.run([program, library, path], capture_output=True, text=True, check=True)
     answers = [[float(value) for value in line.split()] for line in run.stdout.splitlines()]
     expected = model(package.tokens()).detach().flatten(0, 1)

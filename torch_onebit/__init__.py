@@ -4,16 +4,16 @@ from importlib.metadata import PackageNotFoundError, version
 
 from torch_onebit._load import load
 
-load()
+__path__ = [str(load())]
 
-from torch_onebit import averaging, level_composite, vmap  # noqa: E402
-from torch_onebit.averaging import AveragedModel  # noqa: E402
-from torch_onebit.calibration.model import calibrate_  # noqa: E402
-from torch_onebit.calibration.solver import Options as CalibrationOptions  # noqa: E402
-from torch_onebit.methods import METHODS, quantize_weight  # noqa: E402
-from torch_onebit.model import QuantizeReport, dequantize_, quantize_  # noqa: E402
-from torch_onebit.nn import OneBitEmbedding, OneBitLinear  # noqa: E402
-from torch_onebit.ops import (  # noqa: E402
+from torch_onebit import averaging, level_composite, vmap
+from torch_onebit.averaging import AveragedModel
+from torch_onebit.calibration.model import calibrate_
+from torch_onebit.calibration.solver import Options as CalibrationOptions
+from torch_onebit.methods import METHODS, quantize_weight
+from torch_onebit.model import QuantizeReport, dequantize_, quantize_
+from torch_onebit.nn import OneBitEmbedding, OneBitLinear
+from torch_onebit.ops import (
     affine_grad,
     dequantize,
     embedding,
@@ -23,9 +23,9 @@ from torch_onebit.ops import (  # noqa: E402
     qmm,
     quantize,
 )
-from torch_onebit.prepack import PrepackReport, prepack_  # noqa: E402
-from torch_onebit.qat import QATEmbedding, QATLinear, convert_, prepare_qat_  # noqa: E402
-from torch_onebit.training import (  # noqa: E402
+from torch_onebit.prepack import PrepackReport, prepack_
+from torch_onebit.qat import QATEmbedding, QATLinear, convert_, prepare_qat_
+from torch_onebit.training import (
     Distillation,
     LoRALinear,
     add_lora_,

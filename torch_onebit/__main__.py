@@ -13,7 +13,7 @@ def info() -> None:
     """Print versions, devices and CPU kernel tables."""
     ops = torch.ops.onebit
     rows = {
-        "torch_onebit": torch_onebit.__version__,
+        "torch_onebit": f"{torch_onebit.__version__} in {torch_onebit.__path__[0]}",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",

@@ -1,0 +1,9 @@
+// Which torch this was compiled against, as text that torch_onebit/_load.py finds in the file
+// before it loads it: torch's C++ ABI changes between minor versions, and a mismatched extension
+// may crash the process where it ought to fail to load.
+#include <torch/version.h>
+
+extern "C" {
+__attribute__((visibility("default"), used)) extern const char onebit_built_for[];
+const char onebit_built_for[] = "onebit was built for torch " TORCH_VERSION;
+}
