@@ -21,6 +21,9 @@ using FakeQuantizeAffine =
 using FakeQuantizeAffineBackward =
     std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t);
 
+using FlipBits =
+    Tensor(Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, int64_t);
+
 template <class... Inputs>
 void refuse_forward_mode(const char* op, const Inputs&... inputs) {
   TORCH_CHECK_NOT_IMPLEMENTED(
@@ -152,7 +155,28 @@ std::tuple<Tensor, Tensor> fake_quantize_affine_backward_autograd(c10::DispatchK
   return {of_scales, of_biases};
 }
 
+// Autograd looks at versions to tell whether what it saved is still what it was.
+Tensor flip_bits_counted(c10::DispatchKeySet keys,
+                         Tensor& bits,
+                         const Tensor& error,
+                         const Tensor& scales,
+                         const Tensor& moments,
+                         int64_t begin,
+                         int64_t end,
+                         int64_t group_size) {
+  static const auto op = ops::find<FlipBits>("onebit::flip_bits_");
+  const auto changes = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return op.redispatch(keys & c10::after_ADInplaceOrView_keyset, bits, error, scales, moments,
+                         begin, end, group_size);
+  }();
+  bits.unsafeGetTensorImpl()->bump_version();
+  return changes;
+}
+
 }  // namespace
+
+TORCH_LIBRARY_IMPL(onebit, ADInplaceOrView, m) { m.impl("flip_bits_", &flip_bits_counted); }
 
 TORCH_LIBRARY_IMPL(onebit, Autograd, m) {
   m.impl("fake_quantize", &fake_quantize_autograd);

@@ -232,6 +232,21 @@ def test_flip_bits_flips_what_lowers_the_loss_and_says_by_how_much():
         assert loss() < before
 
 
+def test_every_operator_that_writes_counts_versions(device):
+    """Autograd compares versions: a tensor it saved and that has changed is refused, not used."""
+    schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("onebit::")]
+    # Another one needs a test as below.
+    assert [s.name for s in schemas if s.is_mutable] == ["onebit::flip_bits_"]
+    bits = (torch.randn(4, 64) > 0).to(device)
+    levels, error = torch.rand(4, 64).requires_grad_().to(device), torch.randn(4, 64).to(device)
+    y = (levels * bits).sum()
+    moments = torch.eye(64).to(device)
+    ops.flip_bits_(bits, error, torch.ones(4, 2).to(device), moments, 0, 64, 32)
+    assert bits._version == 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 OPCHECKS = {
     "quantize_levels": lambda w, s, b: (ops.quantize_levels, (w, "optimal", 32, torch.rand(64))),
     "fake_quantize": lambda w, s, b: (ops.fake_quantize, (w.requires_grad_(), "mean", 32)),
