@@ -1,5 +1,7 @@
 """gather_qmm: MLX's mixture-of-experts product, for every way of naming matrices."""
 
+import time
+
 import pytest
 import reference
 import torch
@@ -95,3 +97,19 @@ def test_gather_qmm_does_not_depend_on_the_number_of_threads(isa):
         results.append(gather_qmm(x, packed, scales, biases, None, rhs, 128))
     torch.set_num_threads(threads)
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_time_grows_with_the_number_of_matrices_not_its_square():
+    """Twice the matrices cost about twice, where a search per matrix would cost four times."""
+
+    def seconds(count: int) -> float:
+        packed = torch.zeros(count, 1, 1, dtype=torch.int32)
+        scales, x = torch.ones(count, 1, 1), torch.ones(count, 1, 32)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.ops.onebit.qmm(x, packed, scales, None, 32)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert seconds(40_000) < 6 * seconds(10_000)  # a quadratic cost: 16

@@ -46,10 +46,12 @@ Batches batches_of(const QmmShape<int64_t>& shape,
           batch_index("rhs_indices", rhs_indices, w_matrices, shape.batch)};
 }
 
-// Rows [m_begin, m_end) of the products with one matrix of weights.
+// Rows [m_begin, m_end) of a product with one matrix of weights, which has rows [first, last): the
+// order of its sums depends on how many those are, so a piece of it must know.
 struct Piece {
   int64_t matrix;
   int64_t m_begin, m_end;
+  int64_t first, last;
 };
 
 // All rows of x that meet one matrix of weights are one product, wherever they lie.
@@ -60,7 +62,7 @@ struct Plan {
 
 Plan plan_of(const Batches& batches, int64_t m) {
   const int64_t count = int64_t(batches.x_index.size());
-  if (count == 1 && batches.x_index[0] == 0) return {{}, {}, {{batches.w_index[0], 0, m}}};
+  if (count == 1 && batches.x_index[0] == 0) return {{}, {}, {{batches.w_index[0], 0, m, 0, m}}};
   std::vector<int64_t> order(count);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
@@ -71,9 +73,9 @@ Plan plan_of(const Batches& batches, int64_t m) {
   for (const int64_t b : order) {
     const int64_t row = int64_t(plan.x_rows.size());
     if (plan.products.empty() || plan.products.back().matrix != batches.w_index[b]) {
-      plan.products.push_back({batches.w_index[b], row, row});
+      plan.products.push_back({batches.w_index[b], row, row, row, row});
     }
-    plan.products.back().m_end = row + m;
+    plan.products.back().m_end = plan.products.back().last = row + m;
     for (int64_t i = 0; i < m; ++i) {
       plan.x_rows.push_back(batches.x_index[b] * m + i);
       plan.y_rows.push_back(b * m + i);
@@ -90,7 +92,7 @@ std::vector<Piece> split_rows(const std::vector<Piece>& products, int64_t tiles,
   for (const auto& p : products) {
     const int64_t step = ceil_div(ceil_div(p.m_end - p.m_begin, wanted), m_tile) * m_tile;
     for (int64_t m = p.m_begin; m < p.m_end; m += step) {
-      pieces.push_back({p.matrix, m, std::min(m + step, p.m_end)});
+      pieces.push_back({p.matrix, m, std::min(m + step, p.m_end), p.first, p.last});
     }
   }
   return pieces;
@@ -129,24 +131,19 @@ Tensor product(const QmmShape<int64_t>& shape,
       const int64_t last = std::clamp<int64_t>(ceil_div(end - first_task, rows), 0, tiles);
       first_task += rows * tiles;
       if (first >= last) continue;
-      // A product is told its own number of rows, not the piece's: the order of sums depends on it.
-      const auto whole = std::find_if(plan.products.begin(), plan.products.end(), [&](auto& q) {
-        return q.m_begin <= p.m_begin && p.m_begin < q.m_end;
-      });
-      const int64_t base = whole->m_begin;
       QmmArgs args{values.const_data_ptr(),
                    y.mutable_data_ptr(),
                    dtype_of(x),
-                   whole->m_end - base,
+                   p.last - p.first,
                    shape.n,
                    shape.k,
                    weights.matrix(p.matrix, transpose ? shape.n : shape.k)};
       if (!plan.x_rows.empty()) {
-        args.x_rows = plan.x_rows.data() + base;
-        args.y_rows = plan.y_rows.data() + base;
+        args.x_rows = plan.x_rows.data() + p.first;
+        args.y_rows = plan.y_rows.data() + p.first;
       }
-      run(args,
-          {p.m_begin - base, p.m_end - base, first * n_tile, std::min(last * n_tile, shape.n)});
+      run(args, {p.m_begin - p.first, p.m_end - p.first, first * n_tile,
+                 std::min(last * n_tile, shape.n)});
     }
   });
   return y;
@@ -194,19 +191,23 @@ std::tuple<Tensor, Tensor> affine_grad_cpu(const Tensor& grad,
   const auto run = transpose ? table.affine_grad_t : table.affine_grad_n;
   const int64_t rows = packed.size(-2), word_count = packed.size(-1);
   const int64_t groups = word_count * kWordBits / group_size;
-  const auto at_matrix = [](const Tensor& t, int64_t index, int64_t elements) {
-    return static_cast<char*>(const_cast<void*>(t.const_data_ptr())) +
-           index * elements * t.element_size();
+  const auto at_matrix = [](auto* data, const Tensor& t, int64_t index, int64_t elements) {
+    return data + index * elements * t.element_size();
   };
+  const auto* grad_data = static_cast<const char*>(grads.const_data_ptr());
+  const auto* x_data = static_cast<const char*>(values.const_data_ptr());
+  auto* scales_data = static_cast<char*>(grad_scales.mutable_data_ptr());
+  auto* biases_data = static_cast<char*>(grad_biases.mutable_data_ptr());
   const int64_t macs = std::max<int64_t>(shape.m * word_count * kWordBits, 1);
   at::parallel_for(0, rows, ceil_div(kMacsPerTask, macs), [&](int64_t begin, int64_t end) {
     for (size_t b = 0; b < batches.x_index.size();
          ++b) {  // in order: sums do not depend on threads
       const int64_t w = batches.w_index[b];
-      run({at_matrix(grads, int64_t(b), shape.m * shape.n),
-           at_matrix(values, batches.x_index[b], shape.m * shape.k), dtype_of(x),
-           at_matrix(grad_scales, w, rows * groups), at_matrix(grad_biases, w, rows * groups),
-           shape.m, shape.n, shape.k, words_of(words) + w * rows * word_count, int(group_size)},
+      run({at_matrix(grad_data, grads, int64_t(b), shape.m * shape.n),
+           at_matrix(x_data, values, batches.x_index[b], shape.m * shape.k), dtype_of(x),
+           at_matrix(scales_data, grad_scales, w, rows * groups),
+           at_matrix(biases_data, grad_biases, w, rows * groups), shape.m, shape.n, shape.k,
+           words_of(words) + w * rows * word_count, int(group_size)},
           begin, end);
     }
   });
