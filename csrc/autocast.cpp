@@ -11,6 +11,7 @@ namespace {
 template <c10::DeviceType device, c10::DispatchKey key>
 struct Autocast {
   static Tensor cast(const Tensor& x) {
+    check_dense("x", x);  // converting reads it
     return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device);
   }
 

@@ -77,6 +77,7 @@ Sizes<Int> check_flip_bits(const Tensor& bits,
                            int64_t end,
                            int64_t group_size) {
   check_group_size(group_size);
+  check_dense("bits", bits);
   TORCH_CHECK_VALUE(bits.scalar_type() == at::kBool, "bits must be bool, got ", bits.scalar_type());
   TORCH_CHECK_VALUE(bits.dim() == 2, "bits must have 2 dimensions, got ", bits.dim());
   TORCH_CHECK_VALUE(bits.is_contiguous(), "bits must be contiguous, got strides ", bits.strides());
@@ -87,8 +88,10 @@ Sizes<Int> check_flip_bits(const Tensor& bits,
   TORCH_CHECK_VALUE(0 <= begin && begin < end && end <= sizes[1],
                     "begin and end must lie in order within the columns of bits (", sizes[1],
                     "), got ", begin, " and ", end);
+  check_values("error", error);
   for (const auto& [name, t] :
        {std::pair("error", error), std::pair("scales", scales), std::pair("moments", moments)}) {
+    check_values(name, t);
     TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, name,
                       " must be float32 or float64, got ", t.scalar_type());
     TORCH_CHECK_VALUE(t.scalar_type() == error.scalar_type(), name,

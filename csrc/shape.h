@@ -5,6 +5,7 @@
 // never compares the number of rows of x with a constant, so one compiled graph serves them all.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
 #include <c10/util/Exception.h>
@@ -49,9 +50,27 @@ inline bool is_value_type(at::ScalarType type) {
   return type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kDouble;
 }
 
+// PyTorch checks strides against the storage when it makes a view, not when the storage is freed or
+// shrinks afterwards (untyped_storage().resize_); a kernel would read what is no longer there.
+// Tensors without data, or that stand for others, have nothing to check.
+inline void check_storage(const char* name, const Tensor& t) {
+  const auto* impl = t.unsafeGetTensorImpl();
+  if (!impl->has_storage() || impl->has_symbolic_sizes_strides() || impl->is_meta() ||
+      impl->key_set().has(c10::DispatchKey::Python)) {
+    return;
+  }
+  const size_t needed = at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.itemsize(),
+                                                         size_t(t.storage_offset()));
+  TORCH_CHECK_VALUE(needed <= impl->unsafe_storage().nbytes(), name,
+                    " must lie within its storage (", impl->unsafe_storage().nbytes(),
+                    " bytes), got strides ", t.strides(), " that reach byte ", needed);
+}
+
 inline void check_dense(const char* name, const Tensor& t) {
+  TORCH_CHECK_TYPE(t.defined(), name, " must be a tensor, got None");
   TORCH_CHECK_VALUE(t.layout() == at::kStrided, name, " must be a dense tensor, got layout ",
                     t.layout());
+  check_storage(name, t);
 }
 
 inline void check_values(const char* name, const Tensor& t) {
@@ -122,6 +141,7 @@ void check_levels(const Tensor& scales,
   check_same_device("scales", scales, packed);
   check_sizes<Int>("scales", scales, expected, " (one per group of packed)");
   if (!biases) return;
+  check_values("biases", *biases);
   TORCH_CHECK_VALUE(biases->scalar_type() == scales.scalar_type(),
                     "biases must have the dtype of scales (", scales.scalar_type(), "), got ",
                     biases->scalar_type());
@@ -222,8 +242,8 @@ QmmShape<Int> product_shape(const Tensor& x,
                             bool transpose) {
   check_values("x", x);
   TORCH_CHECK_VALUE(x.dim() >= 1, "x must have at least 1 dimension, got ", x.dim());
-  check_same_device("packed", packed, x);
   const Int columns = check_packed<Int>(packed, group_size, 2);
+  check_same_device("packed", packed, x);
   const Int rows = sizes_of<Int>(packed)[packed.dim() - 2];
   QmmShape<Int> shape;
   shape.n = transpose ? rows : columns;
@@ -363,6 +383,7 @@ QmmShape<Int> check_affine_grad(const Tensor& grad,
       lhs_indices || rhs_indices
           ? gather_qmm_shape<Int>(x, packed, lhs_indices, rhs_indices, group_size, transpose)
           : qmm_shape<Int>(x, packed, group_size, transpose);
+  check_values("grad", grad);
   check_same_device("grad", grad, x);
   TORCH_CHECK_VALUE(grad.scalar_type() == x.scalar_type(), "grad must have the dtype of x (",
                     x.scalar_type(), "), got ", grad.scalar_type());

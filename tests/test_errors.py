@@ -17,8 +17,16 @@ def valid(op: str) -> dict:
         return {**weights, "group_size": 64}
     if op == "embedding":
         return {"indices": torch.tensor([0, 5]), **weights, "group_size": 64}
+    if op == "prepack":
+        return {**weights, "group_size": 64}
+    x = {"x": torch.randn(3, 128)}
     if op == "qmm":
-        return {"x": torch.randn(3, 128), **weights, "group_size": 64}
+        return {**x, **weights, "group_size": 64}
+    if op == "linear":
+        rest = {"bias": torch.randn(6), "prepacked": None, "group_size": 64}
+        return {**x, **weights, **rest}
+    if op in LEVEL_OPS:
+        return valid_levels(op)
     stacked = {name: torch.stack([t, t]) for name, t in weights.items()}
     indices = {"lhs_indices": None, "rhs_indices": torch.tensor([0, 1, 1])}
     if op == "gather_qmm":
@@ -27,6 +35,36 @@ def valid(op: str) -> dict:
     return {**arguments, "packed": stacked["packed"], **indices, "group_size": 64}
 
 
+def valid_levels(op: str) -> dict:
+    w, grad, importance = torch.randn(6, 128), torch.randn(6, 128), torch.rand(128)
+    scales, biases = torch.rand(6, 2), torch.randn(6, 2)
+    affine = {"w": w, "scales": scales, "biases": biases, "group_size": 64}
+    return {
+        "quantize_levels": {"w": w, "rule": "sign", "group_size": 64, "importance": importance},
+        "fake_quantize": {"w": w, "rule": "mean", "group_size": 64},
+        "fake_quantize_backward": {"grad": grad, "w": w, "rule": "mean", "group_size": 64},
+        "fake_quantize_affine": affine,
+        "fake_quantize_affine_backward": {"grad": grad, **affine},
+        "flip_bits_": {
+            "bits": w > 0,
+            "error": grad,
+            "scales": scales,
+            "moments": torch.eye(128),
+            "begin": 0,
+            "end": 128,
+            "group_size": 64,
+        },
+    }[op]
+
+
+LEVEL_OPS = (
+    "quantize_levels",
+    "fake_quantize",
+    "fake_quantize_backward",
+    "fake_quantize_affine",
+    "fake_quantize_affine_backward",
+    "flip_bits_",
+)
 WEIGHT_OPS = ("dequantize", "embedding", "qmm", "gather_qmm")
 PRODUCTS = ("qmm", "gather_qmm", "affine_grad")
 ALL = (*WEIGHT_OPS, "affine_grad")
@@ -150,21 +188,76 @@ def test_sizes_beyond_int32_do_not_overflow(device):
             ops.qmm(x, packed, scales, None, 32)
 
 
-NOT_PLAIN = [
-    (lambda t: t.to_sparse(), "x must be a dense tensor, got layout Sparse"),
-    (lambda t: t.to_mkldnn(), "x must be a dense tensor, got layout Mkldnn"),
-    (
-        lambda t: t.to(torch.complex64),
-        "x must be float32, float16, bfloat16 or float64, got Complex",
-    ),
+def freed(t: torch.Tensor) -> torch.Tensor:
+    """As FSDP leaves a parameter between uses."""
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def cut_short(t: torch.Tensor) -> torch.Tensor:
+    """The last byte of a view has gone."""
+    t = torch.cat([t, t])[: len(t)]
+    t.untyped_storage().resize_(t.nbytes - 1)
+    return t
+
+
+# how a tensor is no plain tensor any more, which error, how it reads after the name
+NOT_PLAIN = {
+    "None": (lambda t: None, TypeError, "must be a tensor, got None"),
+    "sparse": (lambda t: t.to_sparse(), ValueError, "must be a dense tensor, got layout Sparse"),
+    "mkldnn": (lambda t: t.to_mkldnn(), ValueError, "must be a dense tensor, got layout Mkldnn"),
+    "freed": (freed, ValueError, r"must lie within its storage \(0 bytes\), got strides"),
+    "cut short": (cut_short, ValueError, r"must lie within its storage \(\d+ bytes\), got strides"),
+}
+ARGUMENTS = [
+    (op, name)
+    for op in ("quantize", *ALL, "prepack", "linear", *LEVEL_OPS)
+    for name, value in valid(op).items()
+    if isinstance(value, torch.Tensor) and not (op == "prepack" and not ops.can_prepack())
 ]
 
 
-@pytest.mark.parametrize("spoil, message", NOT_PLAIN, ids=["sparse", "mkldnn", "complex"])
-def test_tensors_that_are_not_plain_are_refused(spoil, message):
+def schema_type(op: str, argument: str):
+    schema = getattr(ops, op).default._schema
+    return next(a.type for a in schema.arguments if a.name == argument)
+
+
+@pytest.mark.parametrize(
+    "op, argument, run",
+    [
+        (*row, run)
+        for row in ARGUMENTS
+        for run in ("kernels", "autocast", "composite")
+        if run != "composite" or row[0] not in ("prepack", "linear")  # which have none
+    ],
+)
+def test_tensors_that_are_not_plain_are_refused(op, argument, run):
+    for name, (spoil, error, message) in NOT_PLAIN.items():
+        arguments = valid(op)
+        t = arguments[argument]
+        optional = "Optional" in str(schema_type(op, argument))
+        if name == "None" and optional:
+            continue
+        if name == "mkldnn" and t.dtype != torch.float32:
+            continue
+        arguments[argument] = spoil(t)
+        overload = getattr(ops, op).default
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=run == "autocast"),
+            pytest.raises(error, match=f"^{argument} {message}"),
+        ):
+            if run == "composite":
+                keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+                overload.redispatch(keys, **arguments)
+            else:
+                overload(**arguments)
+
+
+def test_complex_values_are_refused():
     arguments = valid("qmm")
-    arguments["x"] = spoil(arguments["x"])
-    with pytest.raises(ValueError, match=message):
+    arguments["x"] = arguments["x"].to(torch.complex64)
+    with pytest.raises(ValueError, match=r"x must be float32, float16, .* or float64, got Complex"):
         ops.qmm(**arguments)
 
 
