@@ -93,8 +93,8 @@ Tensor flip_bits_meta(Tensor& bits,
                       int64_t begin,
                       int64_t end,
                       int64_t group_size) {
-  return empty(check_flip_bits<SymInt>(bits, error, scales, moments, begin, end, group_size), error,
-               error.scalar_type());
+  const auto sizes = check_flip_bits<SymInt>(bits, error, scales, moments, begin, end, group_size);
+  return empty(sizes, error, error.scalar_type());
 }
 
 }  // namespace

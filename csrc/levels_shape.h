@@ -88,7 +88,7 @@ Sizes<Int> check_flip_bits(const Tensor& bits,
   TORCH_CHECK_VALUE(0 <= begin && begin < end && end <= sizes[1],
                     "begin and end must lie in order within the columns of bits (", sizes[1],
                     "), got ", begin, " and ", end);
-  check_values("error", error);
+  check_values("error", error);  // the others are compared with it
   for (const auto& [name, t] :
        {std::pair("error", error), std::pair("scales", scales), std::pair("moments", moments)}) {
     check_values(name, t);

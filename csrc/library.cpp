@@ -56,8 +56,8 @@ Tensor dequantize_meta(const Tensor& packed,
                        const Tensor& scales,
                        const OptionalTensor& biases,
                        int64_t group_size) {
-  return empty(check_dequantize<SymInt>(packed, scales, biases, group_size), scales,
-               scales.scalar_type());
+  const auto sizes = check_dequantize<SymInt>(packed, scales, biases, group_size);
+  return empty(sizes, scales, scales.scalar_type());
 }
 
 Tensor qmm_meta(const Tensor& x,
@@ -66,8 +66,8 @@ Tensor qmm_meta(const Tensor& x,
                 const OptionalTensor& biases,
                 int64_t group_size,
                 bool transpose) {
-  return empty(check_qmm<SymInt>(x, packed, scales, biases, group_size, transpose).y, x,
-               x.scalar_type());
+  const auto shape = check_qmm<SymInt>(x, packed, scales, biases, group_size, transpose);
+  return empty(shape.y, x, x.scalar_type());
 }
 
 Tensor prepack_meta(const Tensor& packed,
@@ -88,8 +88,8 @@ Tensor qmm_prepacked_meta(const Tensor& x,
                           const OptionalTensor& biases,
                           const Tensor& prepacked,
                           int64_t group_size) {
-  return empty(check_qmm_prepacked<SymInt>(x, packed, scales, biases, prepacked, group_size).y, x,
-               x.scalar_type());
+  const auto shape = check_qmm_prepacked<SymInt>(x, packed, scales, biases, prepacked, group_size);
+  return empty(shape.y, x, x.scalar_type());
 }
 
 Tensor gather_qmm_meta(const Tensor& x,
@@ -111,8 +111,8 @@ Tensor embedding_meta(const Tensor& indices,
                       const Tensor& scales,
                       const OptionalTensor& biases,
                       int64_t group_size) {
-  return empty(check_embedding<SymInt>(indices, packed, scales, biases, group_size), scales,
-               scales.scalar_type());
+  const auto sizes = check_embedding<SymInt>(indices, packed, scales, biases, group_size);
+  return empty(sizes, scales, scales.scalar_type());
 }
 
 std::tuple<Tensor, Tensor> affine_grad_meta(const Tensor& grad,

@@ -170,9 +170,8 @@ Tensor flip_bits_cpu(Tensor& bits,
                      int64_t begin,
                      int64_t end,
                      int64_t group_size) {
-  auto changes =
-      at::empty(check_flip_bits<int64_t>(bits, error, scales, moments, begin, end, group_size),
-                error.options());
+  const auto sizes = check_flip_bits<int64_t>(bits, error, scales, moments, begin, end, group_size);
+  auto changes = at::empty(sizes, error.options());
   const int64_t n = bits.size(0), k = bits.size(1);
   auto local = error.narrow(1, begin, end - begin).clone(at::MemoryFormat::Contiguous);
   const auto steps = scales.contiguous(), square = moments.contiguous();
