@@ -24,6 +24,12 @@ def test_first_value_is_the_lowest_bit():
     assert pack_bits(bits).tolist() == [2, -(2**31)]
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (0, 2)])
+def test_words_of_any_stride(shape):
+    packed = torch.randint(-(2**31), 2**31, (shape[0], 2 * shape[1])).to(torch.int32)[:, ::2]
+    assert torch.equal(unpack_bits(packed), unpack_bits(packed.clone()))
+
+
 ERRORS = [
     (lambda: pack_bits(torch.zeros(32)), "bits must be bool, got torch.float32"),
     (lambda: pack_bits(torch.zeros(33, dtype=torch.bool)), "bits must have a last dimension"),

@@ -43,6 +43,7 @@ def unpack_bits(packed: Tensor) -> Tensor:
     """
     if packed.dtype not in (torch.int32, torch.uint32):
         raise ValueError(f"packed must be int32 or uint32, got {packed.dtype}")
-    octets = packed.contiguous().view(torch.uint8)
+    # A copy: a last dimension of one word may have any stride and count as contiguous.
+    octets = packed.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return ((octets.unsqueeze(-1) >> shifts) & 1).flatten(-2).to(torch.bool)
