@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCES := $(shell find csrc metal -type f) setup.py pyproject.toml
 
-.PHONY: demo test check-mps test-kernels test-tsan test-arm bench figures build check format clean
+.PHONY: demo test check-mps test-kernels asan ubsan tsan test-arm bench figures build check format clean
 
 demo: build
 	$(BIN)/python examples/demo.py
@@ -19,21 +19,36 @@ check-mps: build
 	$(BIN)/python -m pytest tests/metal
 	$(BIN)/python -m pytest tests -m mps
 
-# The CPU kernels alone, without torch: every table of this machine against the scalar one; the same
-# under ThreadSanitizer; and for 64-bit ARM in an emulator (Debian: g++-aarch64-linux-gnu qemu-user).
-KERNELS := $(wildcard csrc/cpu/kernels*.cpp) csrc/cpu/scratch.cpp tests/cpp/test_kernels.cpp
+# The CPU kernels alone, without torch: every table of this machine against the scalar one, buffers
+# ending at pages that may not be touched. The same under the sanitizers, and for 64-bit ARM in an
+# emulator (Debian: g++-aarch64-linux-gnu qemu-user).
+KERNELS := $(wildcard csrc/cpu/kernels*.cpp csrc/cpu/levels_*.cpp) csrc/cpu/level_kernels.cpp \
+  csrc/cpu/scratch.cpp $(wildcard tests/cpp/*.cpp)
 KERNEL_FLAGS := -std=c++17 -Wall -Wextra -pthread
+ASAN := -O1 -g -fsanitize=address -fno-omit-frame-pointer
+UBSAN := -O1 -g -fsanitize=undefined,float-cast-overflow -fno-sanitize-recover=all
+TSAN := -O1 -g -fsanitize=thread
 
 test-kernels: build/test_kernels
 	build/test_kernels
 
-build/test_kernels: $(KERNELS) $(wildcard csrc/cpu/*.h csrc/*.h)
+build/test_kernels: $(KERNELS) $(wildcard csrc/cpu/*.h csrc/*.h tests/cpp/*.h)
 	mkdir -p build
 	$(CXX) $(KERNEL_FLAGS) -O1 $(KERNELS) -o $@
 
-test-tsan: $(KERNELS)
+asan: $(KERNELS)
 	mkdir -p build
-	$(CXX) $(KERNEL_FLAGS) -O1 -g -fsanitize=thread $(KERNELS) -o build/test_kernels_tsan
+	$(CXX) $(KERNEL_FLAGS) $(ASAN) $(KERNELS) -o build/test_kernels_asan
+	build/test_kernels_asan
+
+ubsan: $(KERNELS)
+	mkdir -p build
+	$(CXX) $(KERNEL_FLAGS) $(UBSAN) $(KERNELS) -o build/test_kernels_ubsan
+	build/test_kernels_ubsan
+
+tsan: $(KERNELS)
+	mkdir -p build
+	$(CXX) $(KERNEL_FLAGS) $(TSAN) $(KERNELS) -o build/test_kernels_tsan
 	build/test_kernels_tsan
 
 test-arm: $(KERNELS)
@@ -67,14 +82,14 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.mm' 'examples/*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.mm' 'examples/*.cpp' 'tests/cpp/*' | xargs $(BIN)/clang-format --dry-run --Werror
 	git ls-files 'metal/*.metal' 'metal/*.h' | xargs -r -I{} sh -c \
 	  '$(BIN)/clang-format --assume-filename=x.cpp < {} | cmp -s - {} || { echo "not formatted: {}"; exit 1; }'
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.mm' 'examples/*.cpp' | xargs $(BIN)/clang-format -i
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.mm' 'examples/*.cpp' 'tests/cpp/*' | xargs $(BIN)/clang-format -i
 	for f in $$(git ls-files 'metal/*.metal' 'metal/*.h'); do \
 	  $(BIN)/clang-format --assume-filename=x.cpp < $$f > $$f.new && mv $$f.new $$f; done
 

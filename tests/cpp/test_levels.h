@@ -1,0 +1,11 @@
+// The tests of the level kernels, for the one main() there is.
+#pragma once
+
+#include "../../csrc/cpu/levels.h"
+
+namespace onebit::cpu {
+
+// Counts what it finds in `failures`.
+void test_levels(const LevelKernels& table);
+
+}  // namespace onebit::cpu
