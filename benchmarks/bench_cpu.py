@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 import pages  # noqa: E402
 
 from torch_onebit.bench import cli  # noqa: E402
-from torch_onebit.bench.report import Results, draw_charts, markdown, write_json  # noqa: E402
+from torch_onebit.bench.charts import draw_charts  # noqa: E402
+from torch_onebit.bench.report import Results, markdown, verdict, write_json  # noqa: E402
 
 SQUARE = "4096x4096"
 
@@ -169,16 +170,14 @@ def write_pages(results: Results) -> bool:
     where = (
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}; memory read "
         f"{limits['read_bytes_per_second'] / 1e9:.1f} GB/s, float32 FMA peak "
-        f"{limits['macs_per_second'] / 1e9:.0f} GMAC/s."
+        f"{limits['macs_per_second'] / 1e9:.0f} GMAC/s. {verdict(results)}"
     )
     suites = [f"### {title}\n\n{markdown(rows)}" for title, rows in results["suites"].items()]
     speed = ROOT / "docs" / "speed.md"
     pages.put(speed, "bars", where + "\n\n" + pages.table(["", "measured", "bar", ""], lines))
     pages.put(speed, "suites", "\n\n".join(suites))
     pages.put(ROOT / "README.md", "speed", f"{readme_table(results)}\n\n{where}")
-    bar_chart, roofline = draw_charts(results, ROOT / "docs" / "images")
-    bar_chart.rename(bar_chart.with_name("bench_cpu.png"))
-    roofline.rename(roofline.with_name("roofline_cpu.png"))
+    draw_charts(results, ROOT / "docs" / "images")
     return all(value >= least for _, value, least in found)
 
 

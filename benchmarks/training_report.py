@@ -77,32 +77,59 @@ def bar_table(found: list[tuple[str, float, float]]) -> str:
     return pages.table(["bar (nats)", "measured", "allowed", ""], rows)
 
 
+# Variants of the picture, from the cheapest to the dearest, with their colour.
+SHOWN = {
+    "PTQ optimal": "#d9d9d9",
+    "PTQ calibrated": "#bcbddc",
+    "QAT mean": "#fdae6b",
+    "QAT mean, distilled": "#e6550d",
+    "calibrated, levels + LoRA 8": "#a1d99b",
+    "calibrated, levels + LoRA 8, distilled": "#31a354",
+    "calibrated, QAT learnable": "#9ecae1",
+    "calibrated, QAT learnable, distilled": "#3182bd",
+}
+FLOAT32 = "float32, equally long"
+
+
 def plot(protocol: str, runs: list[dict], path: Path) -> None:
-    """Training loss of the first seed's variants, smoothed over 20 steps, as a PNG."""
+    """What 1 bit costs by each method, means over the seeds; below, how the first seed trained."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    # Not the distilled ones: their loss is another quantity.
-    curves = {
-        variant: result
-        for variant, result in runs[0]["variants"].items()
-        if result["curve"] and "distilled" not in variant
-    }
-    if not curves:
-        return
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for variant, result in curves.items():
-        curve = result["curve"]
-        smooth = [mean(curve[max(0, i - 20) : i + 1]) for i in range(len(curve))]
-        axes.plot(smooth, label=f"{variant} ({result['loss']:.3f})")
-    axes.set(xlabel="steps from the float32 model", ylabel="training loss, nats per byte")
-    axes.set_title(f"{protocol} protocol, seed {runs[0]['seed']} (brackets: validation loss)")
-    axes.set_ylim(top=2.6)
-    axes.legend()
+    figure, (bars, curves) = pyplot.subplots(2, 1, figsize=(9, 8.5), height_ratios=(1, 1.3))
+    names = [name for name in SHOWN if over(runs, name, FLOAT32)]
+    costs = [mean(over(runs, name, FLOAT32)) for name in names]
+    drawn = bars.barh(names, costs, color=[SHOWN[name] for name in names])
+    bars.bar_label(drawn, [f"{cost:.2f}" for cost in costs], padding=3)
+    bars.invert_yaxis()
+    bars.set_xlabel("nats per byte above float32 trained equally long: shorter is better")
+    seeds = "1 seed" if len(runs) == 1 else f"mean of {len(runs)} seeds"
+    bars.set_title(f"What one bit per weight costs, by method ({protocol} protocol, {seeds})")
+    curves.plot(*_smooth(runs[0], FLOAT32), color="black", label="float32")
+    for name in names:
+        if runs[0]["variants"][name]["curve"]:
+            style = "--" if "distilled" in name else "-"
+            curves.plot(*_smooth(runs[0], name), style, color=SHOWN[name], label=name)
+    curves.set_ylim(top=2.2)
+    curves.set(xlabel="steps from the float32 model", ylabel="training loss, nats per byte")
+    curves.set_title(
+        "While training. Dashed: distilled; half of that loss is the distance to the teacher",
+        fontsize=10,
+    )
+    curves.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    for axes in (bars, curves):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.subplots_adjust(hspace=0.35)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
+
+
+def _smooth(run: dict, variant: str, steps: int = 20) -> tuple[range, list[float]]:
+    """The training loss, a running mean."""
+    curve = run["variants"][variant]["curve"]
+    return range(len(curve)), [mean(curve[max(0, i - steps) : i + 1]) for i in range(len(curve))]
 
 
 # column of the README's table, variant

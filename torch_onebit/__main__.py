@@ -39,6 +39,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m torch_onebit", description=torch_onebit.__doc__
     )
+    parser.add_argument(
+        "--version", action="version", version=f"torch_onebit {torch_onebit.__version__}"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     info_parser = commands.add_parser("info", help="versions, devices and CPU kernels")
     info_parser.set_defaults(run=lambda _: info())
@@ -49,7 +52,9 @@ def main() -> None:
         "selftest", help="every Metal kernel against the CPU, on a Mac"
     )
     selftest_parser.set_defaults(run=lambda _: selftest.run())
-    arguments = parser.parse_args()
+    arguments, unknown = parser.parse_known_args()
+    if unknown:  # argparse would print the usage that does not list the command's options
+        commands.choices[arguments.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     arguments.run(arguments)
 
 

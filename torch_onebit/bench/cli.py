@@ -10,9 +10,11 @@ import torch
 from tqdm import tqdm
 
 from torch_onebit.bench import suites
+from torch_onebit.bench.charts import draw_charts
 from torch_onebit.bench.limits import measure_limits
+from torch_onebit.bench.measure import SPIN
 from torch_onebit.bench.model import measure_model
-from torch_onebit.bench.report import Results, draw_charts, print_report, write_json
+from torch_onebit.bench.report import Results, print_report, write_json
 
 Suites = dict[str, tuple[str, Callable[[argparse.Namespace], list[dict[str, object]]]]]
 
@@ -48,6 +50,7 @@ def measure(arguments: argparse.Namespace) -> Results:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    SPIN.clear()
     results = {
         "machine": {
             "cpu": _cpu_name(),
@@ -63,6 +66,7 @@ def measure(arguments: argparse.Namespace) -> Results:
         for name in tqdm(chosen, desc="bench"):
             title, suite = SUITES[name]
             results["suites"][title] = suite(arguments)
+    results["slowdown"] = SPIN.slowdown
     return results
 
 

@@ -3,10 +3,45 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
 
 # Seconds of one sample; a call shorter than this is repeated.
 SAMPLE_SECONDS = 0.03
+# Multiply-adds per thread, two milliseconds.
+SPIN_STEPS = 1 << 20
+# Slowdown of a quiet machine: up to 1.05; with another busy process on one of two cores 1.5 to 2.
+QUIET = 1.15
+
+
+@dataclass
+class Spin:
+    """A fixed piece of work on all threads between all samples: what else the machine does shows
+    in it, as time that its threads waited for a core and as a spread of what it takes."""
+
+    seconds: list[float] = field(default_factory=list)
+    waited: list[float] = field(default_factory=list)  # seconds of all threads per CPU second
+
+    def __call__(self) -> None:
+        begin, cpu = time.perf_counter(), time.process_time()
+        torch.ops.onebit.multiply_adds(SPIN_STEPS)
+        seconds = time.perf_counter() - begin
+        self.seconds.append(seconds)
+        self.waited.append(seconds * torch.get_num_threads() / (time.process_time() - cpu))
+
+    @property
+    def slowdown(self) -> float:
+        """How much longer the work usually takes than on a machine that does nothing else."""
+        spread = statistics.median(self.seconds) / min(self.seconds)
+        return max(spread, statistics.median(self.waited))
+
+    def clear(self) -> None:
+        self.seconds.clear()
+        self.waited.clear()
+
+
+SPIN = Spin()
 
 
 @dataclass
@@ -32,6 +67,7 @@ def interleave(calls: dict[str, Callable[[], object]], rounds: int = 5) -> dict[
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            SPIN()
             samples[name].append(_seconds(call, repeats[name]))
     return {name: Timing(values) for name, values in samples.items()}
 

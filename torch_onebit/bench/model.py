@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_onebit.bench.measure import SPIN
 from torch_onebit.nn import OneBitLinear
 from torch_onebit.prepack import prepack_
 
@@ -118,6 +119,7 @@ def measure_model(prompt: int = 512, tokens: int = 16) -> list[dict[str, object]
 
 
 def _seconds(call) -> float:
+    SPIN()
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin

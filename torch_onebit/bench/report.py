@@ -1,7 +1,9 @@
-"""Results as a table to paste, as JSON, and as two charts."""
+"""Results as a table to paste and as JSON."""
 
 import json
 from pathlib import Path
+
+from torch_onebit.bench.measure import QUIET
 
 Results = dict[str, object]
 
@@ -15,6 +17,21 @@ def print_report(results: Results) -> None:
     )
     for title, rows in results["suites"].items():
         print(f"\n{title}\n{markdown(rows)}")
+    print(f"\n{verdict(results)}")
+
+
+def verdict(results: Results) -> str:
+    """Whether the machine was quiet enough to believe the figures."""
+    slowdown = results.get("slowdown")
+    if slowdown is None:
+        return "Whether the machine was quiet was not recorded."
+    measured = f"a fixed piece of work between all samples took {slowdown:.2f} times its fastest"
+    if slowdown <= QUIET:
+        return f"The machine was quiet: {measured}."
+    return (
+        f"THE MACHINE WAS BUSY: {measured} (a quiet machine: below {QUIET}). These figures are not "
+        "to be trusted: run again when nothing else runs."
+    )
 
 
 def markdown(rows: list[dict[str, object]]) -> str:
@@ -49,56 +66,3 @@ def _table(lines: list[dict[str, str]]) -> str:
 def write_json(results: Results, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1))
-
-
-def draw_charts(results: Results, folder: Path) -> list[Path]:
-    """A bar chart and a roofline of the batch suite. Needs matplotlib (``torch_onebit[plots]``)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = next(rows for title, rows in results["suites"].items() if title.startswith("Batches"))
-    sizes = sorted({int(row["case"].rsplit("=", 1)[1]) for row in rows})
-    names = list(dict.fromkeys(row["name"] for row in rows if "scalar" not in row["name"]))
-    rate = {(row["name"], int(row["case"].rsplit("=", 1)[1])): row["GMAC/s"] for row in rows}
-    limits = results["limits"]
-    peak, read = limits["macs_per_second"] / 1e9, limits["read_bytes_per_second"]
-
-    figure, axes = pyplot.subplots(figsize=(11, 4.5))
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        values = [rate.get((name, m), 0) for m in sizes]
-        positions = [j + (i - len(names) / 2) * width for j in range(len(sizes))]
-        axes.bar(positions, values, width, label=name)
-    axes.axhline(peak, color="black", linewidth=1, linestyle="--", label="float32 FMA peak")
-    axes.set_xticks(range(len(sizes)), [f"m={m}" for m in sizes])
-    axes.set_ylabel("GMAC/s")
-    axes.set_title(f"x[m, 4096] @ w[4096, 4096].T, {results['machine']['cpu']}")
-    axes.legend(fontsize=8)
-    bars = folder / "bench_bars.png"
-    figure.tight_layout()
-    figure.savefig(bars, dpi=120)
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    bits = {"onebit f32": 1.25, "onebit bf16": 1.25, "F.linear f32": 32, "F.linear bf16": 16}
-    intensities = [2**i for i in range(-3, 14)]
-    axes.plot(
-        intensities,
-        [min(peak, read * i / 1e9) for i in intensities],
-        color="black",
-        label="limit of float32 FMA and memory",
-    )
-    for name, weight_bits in bits.items():
-        points = [(m * 8 / weight_bits, rate[name, m]) for m in sizes if (name, m) in rate]
-        axes.plot(*zip(*points, strict=True), "o-", label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.set_xlabel("multiply-adds per byte of weights")
-    axes.set_ylabel("GMAC/s")
-    axes.legend(fontsize=8)
-    roofline = folder / "bench_roofline.png"
-    figure.tight_layout()
-    figure.savefig(roofline, dpi=120)
-    return [bars, roofline]
