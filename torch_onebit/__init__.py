@@ -10,6 +10,7 @@ from torch_onebit import averaging, level_composite, vmap
 from torch_onebit.averaging import AveragedModel
 from torch_onebit.calibration.model import calibrate_
 from torch_onebit.calibration.solver import Options as CalibrationOptions
+from torch_onebit.loading import load_checkpoint
 from torch_onebit.methods import METHODS, quantize_weight
 from torch_onebit.model import QuantizeReport, dequantize_, quantize_
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear
@@ -25,6 +26,8 @@ from torch_onebit.ops import (
 )
 from torch_onebit.prepack import PrepackReport, prepack_
 from torch_onebit.qat import QATEmbedding, QATLinear, convert_, prepare_qat_
+from torch_onebit.saving import save_checkpoint
+from torch_onebit.symmetric import SymmetrizeReport, symmetrize_
 from torch_onebit.training import (
     Distillation,
     LoRALinear,
@@ -54,6 +57,7 @@ __all__ = [
     "QATEmbedding",
     "QATLinear",
     "QuantizeReport",
+    "SymmetrizeReport",
     "add_lora_",
     "affine_grad",
     "calibrate_",
@@ -63,6 +67,7 @@ __all__ = [
     "embedding",
     "gather_qmm",
     "linear",
+    "load_checkpoint",
     "prepack",
     "prepack_",
     "prepare_qat_",
@@ -70,6 +75,8 @@ __all__ = [
     "quantize",
     "quantize_",
     "quantize_weight",
+    "save_checkpoint",
+    "symmetrize_",
     "thaw_levels_",
     "thaw_lora_",
 ]

@@ -114,6 +114,12 @@ class OneBitModule(nn.Module):
         self.scales = nn.Parameter(scales.detach(), requires_grad=False)
         self.biases = None if biases is None else nn.Parameter(biases.detach(), requires_grad=False)
 
+    def drop_biases_(self) -> None:
+        """Take on the symmetric form: biases become ``-scales / 2``, whatever they were."""
+        self._prepacked = None
+        self.biases = None
+        self.symmetric = True
+
     def dequantize(self) -> Tensor:
         """The weights ``[rows, columns]`` in the dtype of scales."""
         return ops.dequantize(self.weight, self.scales, self.biases, self.group_size)

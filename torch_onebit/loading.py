@@ -1,0 +1,299 @@
+"""load_checkpoint: the tensors of a file into a model, packed all the way."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from torch_onebit.checkpoint import CheckpointError, Layer, MLXCheckpoint, Source
+from torch_onebit.checks import check_model
+from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
+from torch_onebit.skeleton import skeleton
+from torch_onebit.symmetric import symmetrize_
+
+OTHER_BITS = ("error", "dequantize")
+
+
+def load_checkpoint(
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    other_bits: str = "error",
+    symmetrize: bool = False,
+    strict: bool = True,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Load a 1-bit checkpoint of MLX (a folder, as mlx-lm writes it) into a model, in place.
+
+    The layers that the checkpoint quantizes become ``OneBitLinear`` and ``OneBitEmbedding`` with
+    the words and levels of the file; nothing is unpacked. Files are memory-mapped and read tensor
+    by tensor. All names, shapes and dtypes are checked before the model is touched.
+
+    Args:
+        path: the folder.
+        model: whose modules have the names of the checkpoint, on any device, ``meta`` too; layers
+            to fill are ``nn.Linear`` and ``nn.Embedding``, or 1-bit already. Without it the model
+            that config.json describes is built by transformers.
+        other_bits: layers of other than 1 bit: "error" names them, "dequantize" makes them dense.
+        symmetrize: then drop biases that are ``-scales / 2`` (see ``symmetrize_``).
+        strict: the file must fill every parameter and hold nothing else; false leaves both alone.
+        dtype: of the model to build; what config.json says without it, else that of its tensors.
+            Parameters of a model given keep their dtypes; levels have the file's.
+        device: to put the tensors on; where they were without it (``meta``: the CPU).
+        progress: show a progress bar when it takes more than a moment.
+    Returns:
+        model, in eval mode if it was built here.
+    Raises:
+        CheckpointError: a ValueError; the file is damaged, or does not fit the model, or has layers
+            of other bits. The message names the tensor.
+        ImportError: the package safetensors, or transformers where it must build the model, is not
+            installed.
+    """
+    _check_other_bits(other_bits)
+    source = MLXCheckpoint(path)
+    options = {"other_bits": other_bits, "strict": strict, "device": device, "progress": progress}
+    return load_source(source, model, dtype=dtype, symmetrize=symmetrize, **options)
+
+
+def load_source(
+    source: Source,
+    model: nn.Module | None,
+    *,
+    dtype: torch.dtype | None,
+    symmetrize: bool,
+    **options: Any,
+) -> nn.Module:
+    """What the loaders of all formats do once the file is open."""
+    if model is None:
+        model = skeleton(source.config, dtype or _dtype_of(source)).eval()
+    elif dtype is not None:
+        raise ValueError(f"dtype must be None where a model is given, got {dtype}")
+    fill_(model, source, **options)
+    if symmetrize:
+        symmetrize_(model)
+    return model
+
+
+def fill_(
+    model: nn.Module,
+    source: Source,
+    *,
+    other_bits: str,
+    strict: bool,
+    device: torch.device | str | None,
+    progress: bool,
+) -> None:
+    """Load an open checkpoint into a model, in place."""
+    check_model(model)
+    plan = _plan(model, source, other_bits, strict)
+    work = [*plan.tensors.items(), *plan.layers.items()]  # biases before their layers are swapped
+    bar = tqdm(work, desc="load", unit="tensor", delay=1, disable=None if progress else True)
+    for name, target in bar:
+        target.load(source, name, device)
+    left = [n for n, t in _tensors(model) if t.is_meta]
+    if strict and left:
+        raise CheckpointError(
+            f"model must have no tensors on the meta device that the checkpoint cannot fill, got "
+            f"{_some(left)}"
+        )
+
+
+@dataclass
+class _Place:
+    """An attribute of a module."""
+
+    owner: nn.Module
+    attribute: str
+
+    @property
+    def value(self) -> Any:
+        return getattr(self.owner, self.attribute)
+
+    def set(self, value: Any) -> None:
+        setattr(self.owner, self.attribute, value)
+
+
+@dataclass
+class _LayerTarget:
+    """A layer of the checkpoint and all places of the model that share its weight."""
+
+    layer: Layer
+    places: list[_Place]
+
+    def load(self, source: Source, path: str, device: torch.device | str | None) -> None:
+        if not self.layer.one_bit:
+            weight = source.dequantized(path, self.layer)
+            return _fill([_Place(p.value, "weight") for p in self.places], weight, device)
+        packed = source.packed(path)
+        device = device or _device(self.places[0].value.weight)
+        levels = [t if t is None else t.to(device) for t in (packed.scales, packed.biases)]
+        tensors = (packed.weight.to(device), *levels)
+        first: OneBitModule | None = None
+        for place in self.places:
+            new = _swapped(place.value, tensors, packed.group_size)
+            if first is None:
+                first = new
+            else:
+                tie(first, new)
+            place.set(new)
+
+
+@dataclass
+class _TensorTarget:
+    """A tensor of the checkpoint and all places of the model that share it."""
+
+    places: list[_Place]
+
+    def load(self, source: Source, name: str, device: torch.device | str | None) -> None:
+        _fill(self.places, source.tensor(name), device)
+
+
+@dataclass
+class _Plan:
+    layers: dict[str, _LayerTarget] = field(default_factory=dict)
+    tensors: dict[str, _TensorTarget] = field(default_factory=dict)
+
+
+def _plan(model: nn.Module, source: Source, other_bits: str, strict: bool) -> _Plan:
+    """Where everything goes; raises before anything is changed."""
+    plan = _Plan()
+    modules = dict(model.named_modules(remove_duplicate=False))
+    shared: dict[int, list[str]] = {}  # by identity of a tensor: its names
+    for name, tensor in _tensors(model):
+        shared.setdefault(id(tensor), []).append(name)
+    names_of = {name: names for names in shared.values() for name in names}
+    filled: set[str] = set()
+    unexpected: list[str] = []
+    other: list[str] = []
+    for path in source.paths:
+        module = modules.get(path)
+        if module is None:
+            unexpected.append(path)
+            continue
+        layer = source.layer(path, _columns(path, module))
+        if f"{path}.weight" in filled:  # a tied layer that the file holds twice
+            _check_same(source, plan.layers, names_of[f"{path}.weight"], path)
+            continue
+        _check_shape(path, (layer.rows, layer.columns), (_rows(module), _columns(path, module)))
+        if not layer.one_bit:
+            other.append(f"{path}: {layer}")
+        aliases = [n.rpartition(".")[0] for n in names_of[f"{path}.weight"]]
+        for alias in aliases:
+            _columns(alias, modules[alias])  # is a layer too
+            filled |= {f"{alias}.{entry}" for entry in ("weight", "scales", "biases")}
+        plan.layers[path] = _LayerTarget(layer, [_place(modules, alias) for alias in aliases])
+    if other and other_bits == "error":
+        raise CheckpointError(
+            f"layers must be of 1 bit, got {_some(other)}; other_bits='dequantize' makes them dense"
+        )
+    for name in source.names:
+        if name not in names_of:
+            unexpected.append(name)
+            continue
+        place = _place(modules, name)
+        if isinstance(place.owner, OneBitModule) and place.attribute != "bias":
+            raise CheckpointError(f"{name} must be quantized as in the model, got a dense tensor")
+        _check_shape(name, source.shape(name), tuple(place.value.shape))
+        if name in filled:
+            continue  # tied, and the file holds it twice
+        filled |= set(names_of[name])
+        plan.tensors[name] = _TensorTarget([_place(modules, n) for n in names_of[name]])
+    missing = [name for name in model.state_dict() if name not in filled]
+    if strict and (missing or unexpected):
+        what = [f"lacks {_some(missing)}"] * bool(missing)
+        what += [f"has {_some(unexpected)} that the model lacks"] * bool(unexpected)
+        raise CheckpointError(f"checkpoint must fit the model, but it {' and '.join(what)}")
+    return plan
+
+
+def _check_same(
+    source: Source, layers: dict[str, _LayerTarget], aliases: list[str], path: str
+) -> None:
+    first = next(p for p in (n.rpartition(".")[0] for n in aliases) if p in layers)
+    one, two = source.packed(first), source.packed(path)
+    pairs = ((one.weight, two.weight), (one.scales, two.scales), (one.biases, two.biases))
+    if not all(torch.equal(a, b) for a, b in pairs):
+        raise CheckpointError(
+            f"{path} must equal {first}, to which the model ties it, got other weights"
+        )
+
+
+def _swapped(module: nn.Module, tensors: tuple[Any, ...], group_size: int) -> OneBitModule:
+    """The 1-bit layer that takes a module's place."""
+    new: OneBitModule
+    if isinstance(module, (nn.Linear, OneBitLinear)):
+        new = OneBitLinear.from_packed(*tensors, module.bias, group_size=group_size)
+    else:
+        new = OneBitEmbedding.from_packed(*tensors, module.padding_idx, group_size=group_size)
+    return new.train(module.training)
+
+
+def _fill(places: list[_Place], tensor: Tensor, device: torch.device | str | None) -> None:
+    old = places[0].value
+    new = tensor.to(device or _device(old), old.dtype)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    for place in places:
+        place.set(new)
+
+
+def _place(modules: dict[str, nn.Module], name: str) -> _Place:
+    prefix, _, attribute = name.rpartition(".")
+    return _Place(modules[prefix], attribute)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _rows(module: nn.Module) -> int:
+    return module.weight.shape[0]
+
+
+def _columns(path: str, module: nn.Module) -> int:
+    """k of a layer that can hold packed weights."""
+    if type(module) in (nn.Linear, OneBitLinear):
+        return module.in_features
+    if type(module) in (nn.Embedding, OneBitEmbedding):
+        return module.embedding_dim
+    raise CheckpointError(
+        f"{path} must be an nn.Linear or nn.Embedding (no subclass) to hold 1-bit weights, "
+        f"got {type(module).__name__}"
+    )
+
+
+def _check_shape(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> None:
+    if got != want:
+        raise CheckpointError(
+            f"{name} must have shape {list(want)} as in the model, got {list(got)}"
+        )
+
+
+def _check_other_bits(other_bits: str) -> None:
+    if other_bits not in OTHER_BITS:
+        raise ValueError(f"other_bits must be one of {', '.join(OTHER_BITS)}, got {other_bits!r}")
+
+
+def _device(tensor: Tensor) -> torch.device:
+    return torch.device("cpu") if tensor.is_meta else tensor.device
+
+
+def _dtype_of(source: Source) -> torch.dtype | None:
+    """The dtype of the first dense tensor, where the config does not say."""
+    if source.config.get("dtype") or source.config.get("torch_dtype"):
+        return None
+    floats = (t.dtype for t in map(source.tensor, source.names) if t.is_floating_point())
+    return next(floats, None)
+
+
+def _some(names: list[str]) -> str:
+    """A few of the names, for a message."""
+    more = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {more} more" if more > 0 else "")

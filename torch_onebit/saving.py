@@ -1,0 +1,85 @@
+"""save_checkpoint: a model into a file that others read."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from torch_onebit.checkpoint import CheckpointError, Packed, save_mlx
+from torch_onebit.checkpoint.mlx import MAX_SHARD_BYTES
+from torch_onebit.checks import check_count, check_model
+from torch_onebit.nn import OneBitModule
+
+
+def save_checkpoint(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    config: dict[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a 1-bit model as an MLX checkpoint, a folder that mlx-lm and ``load_checkpoint`` read.
+
+    The folder changes at once: killed at any moment, the old checkpoint is there or the new one.
+    Other files in it, a tokenizer's for example, stay.
+
+    Args:
+        model: with 1-bit layers; what is tied is stored once.
+        path: the folder, which need not exist.
+        config: what config.json says of the model; ``model.config`` without it, where there is one.
+        max_shard_bytes: a file is begun when the last would be larger.
+    Raises:
+        ValueError: no 1-bit layers, or tensors on the meta device.
+        ImportError: the package safetensors is not installed.
+    """
+    check_model(model)
+    check_count("max_shard_bytes", max_shard_bytes, 1)
+    if config is None:
+        config = config_of(model)
+    layers = packed_layers(model)
+    save_mlx(path, config, layers, other_tensors(model), max_shard_bytes=max_shard_bytes)
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, Packed]]:
+    """Every 1-bit layer by path; of those that share weights the first."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if not isinstance(module, OneBitModule) or id(module.scales) in seen:
+            continue
+        if module.weight.is_meta:
+            raise CheckpointError(f"{path} must have its weights in memory, got them on meta")
+        seen.add(id(module.scales))
+        biases = None if module.biases is None else module.biases.detach()
+        yield path, Packed(module.weight, module.scales.detach(), biases, module.group_size)
+
+
+def other_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the state_dict that is not a 1-bit layer's weights; shared ones once."""
+    packed = {
+        f"{path}.{entry}"
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, OneBitModule)
+        for entry in ("weight", "scales", "biases")
+    }
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in packed or id(tensor) in seen or not isinstance(tensor, Tensor):
+            continue
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} must be in memory, got it on meta")
+        seen.add(id(tensor))
+        yield name, tensor.detach()
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """``model.config`` as a dict; without the model's own idea of its quantization."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return {}
+    described = config.to_dict()
+    described.pop("quantization_config", None)
+    rope = described.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        described.setdefault("rope_theta", rope["rope_theta"])  # where mlx-lm looks for it
+    return described
