@@ -54,14 +54,16 @@ struct Product {
     const auto each = ops::gather_qmm().call(grad, packed, scales, biases, std::nullopt,
                                              rhs_indices, group_size, !transpose, false);
     if (!lhs_indices) return at::sum_to(each, sizes);
+    // A matrix of x that was gathered often sums as many terms: in float32 whatever its dtype.
     const auto batch = grad.sym_sizes().slice(0, grad.dim() - 2);
-    const auto matrix = sizes.slice(sizes.size() - 2);
-    c10::SymInt matrices(1);
-    for (const auto& size : sizes.slice(0, sizes.size() - 2)) matrices = matrices * size;
-    const std::vector<c10::SymInt> flat{matrices, matrix[0], matrix[1]};
-    return at::zeros_symint(flat, each.options())
-        .index_add(0, lhs_indices->expand_symint(batch).reshape(-1),
-                   each.reshape_symint({c10::SymInt(-1), matrix[0], matrix[1]}))
+    const auto flat = [matrix = sizes.slice(sizes.size() - 2)](c10::SymIntArrayRef lead) {
+      return std::vector<c10::SymInt>{c10::multiply_integers(lead), matrix[0], matrix[1]};
+    };
+    const auto options = each.options().dtype(sum_type(each));
+    return at::zeros_symint(flat(sizes.slice(0, sizes.size() - 2)), options)
+        .index_add(0, lhs_indices->expand_symint(batch).flatten(),
+                   each.to(options.dtype()).reshape_symint(flat(batch)))
+        .to(each.scalar_type())
         .reshape_symint(sizes);
   }
 

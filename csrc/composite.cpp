@@ -25,6 +25,13 @@ namespace {
                   " devices: it runs as plain PyTorch operators, correctly "             \
                   "and slowly")
 
+// [..., k] to [..., k / size, size]; a size of -1 would be ambiguous where t is empty.
+Tensor split_last(const Tensor& t, int64_t size) {
+  return t.unflatten(-1, {t.size(-1) / size, size});
+}
+// [..., a, b] to [matrices, a, b].
+Tensor as_matrices(const Tensor& t) { return t.dim() == 2 ? t.unsqueeze(0) : t.flatten(0, -3); }
+
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // Bits [..., words * 32] as numbers of the given dtype.
@@ -56,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_composite(const Tensor& w, int64_t g
     return {at::zeros(shape.packed, w.options().dtype(at::kInt)),
             at::zeros(shape.scales, w.options()), at::zeros(shape.scales, w.options())};
   }
-  const auto groups = w.to(sum_type(w)).unflatten(-1, {-1, group_size});
+  const auto groups = split_last(w.to(sum_type(w)), group_size);
   const auto nan = at::isnan(groups);
   const auto least = groups.masked_fill(nan, kInfinity).amin(-1, true);
   const auto high = groups.masked_fill(nan, -kInfinity).amax(-1, true);
@@ -66,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_composite(const Tensor& w, int64_t g
   const auto low = at::where(is_least.any(-1, true), first, least);
   const auto range = high - low;
   const auto scale = at::where(range.lt(kMinScale), at::full_like(range, kMinScale), range);
-  const auto bits = (groups - low).gt(scale.mul(0.5)).flatten(-2).unflatten(-1, {-1, kWordBits});
+  const auto bits = split_last((groups - low).gt(scale.mul(0.5)).flatten(-2), kWordBits);
   const auto shifts = at::arange(kWordBits, bits.options().dtype(at::kLong));
   const auto words = bits.to(at::kLong).bitwise_left_shift(shifts).sum(-1);
   const auto wrapped = at::where(words.ge(int64_t(1) << 31), words - (int64_t(1) << 32), words);
@@ -119,9 +126,7 @@ Tensor pick_matrices(const Tensor& t, const OptionalTensor& indices) {
   if (!indices) return t;
   auto sizes = indices->sizes().vec();
   sizes.insert(sizes.end(), {t.size(-2), t.size(-1)});
-  return t.reshape({-1, t.size(-2), t.size(-1)})
-      .index_select(0, indices->reshape(-1))
-      .reshape(sizes);
+  return as_matrices(t).index_select(0, indices->reshape(-1)).reshape(sizes);
 }
 
 Tensor gather_qmm_composite(const Tensor& x,
@@ -155,28 +160,25 @@ std::tuple<Tensor, Tensor> affine_grad_composite(const Tensor& grad,
   ONEBIT_WARN_SLOW("affine_grad", x);
   const auto type = sum_type(x);
   const bool folds = shape.batch.empty() && !lhs_indices && !rhs_indices && packed.dim() == 2;
-  const auto as_matrix = [&](const Tensor& t, int64_t columns) {
-    return folds || t.dim() == 1 ? t.reshape({-1, columns}) : t;
+  const auto as_matrix = [&](const Tensor& t) {
+    return t.dim() == 1 ? t.unsqueeze(0) : folds ? t.flatten(0, -2) : t;
   };
-  const auto inputs = as_matrix(pick_matrices(x, lhs_indices), shape.k).to(type);
-  const auto grads =
-      (folds || x.dim() > 1 ? as_matrix(grad, shape.n) : grad.unsqueeze(-2)).to(type);
+  const auto inputs = as_matrix(pick_matrices(x, lhs_indices)).to(type);
+  const auto grads = (folds || x.dim() > 1 ? as_matrix(grad) : grad.unsqueeze(-2)).to(type);
   const auto by_row = transpose ? grads : inputs, by_column = transpose ? inputs : grads;
   // Per output matrix, the sums over groups of its dense gradient; then per matrix of packed.
   const auto dense = at::matmul(by_row.transpose(-1, -2), by_column);
   const auto bits = bits_of(packed, type);
-  const auto sum_groups = [&](const Tensor& t) {
-    return t.unflatten(-1, {-1, group_size}).sum(-1);
-  };
+  const auto sum_groups = [&](const Tensor& t) { return split_last(t, group_size).sum(-1); };
   if (!rhs_indices) {
     const auto all = at::sum_to(dense, bits.sizes());
     return {sum_groups(all * bits), sum_groups(all)};
   }
-  const auto matrices = bits.reshape({-1, bits.size(-2), bits.size(-1)});
+  const auto matrices = as_matrices(bits);
   auto batch = shape.batch;
   batch.insert(batch.end(), {bits.size(-2), bits.size(-1)});
-  const auto each = dense.expand(batch).reshape({-1, bits.size(-2), bits.size(-1)});
-  const auto index = rhs_indices->expand(at::IntArrayRef(shape.batch)).reshape(-1).to(at::kLong);
+  const auto each = as_matrices(dense.expand(batch));
+  const auto index = rhs_indices->expand(at::IntArrayRef(shape.batch)).flatten().to(at::kLong);
   const auto all = at::zeros_like(matrices).index_add(0, index, each).reshape(bits.sizes());
   return {sum_groups(all * bits), sum_groups(all)};
 }

@@ -145,6 +145,30 @@ def test_gradients_have_the_dtype_of_their_input(x_dtype, dtype, isa):
         assert (got.double() - wanted).norm() <= 2 * unit * wanted.norm() + 1e-6 * wanted.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gathered_gradients_are_summed_in_float32(dtype, device):
+    """One matrix of x, gathered 4096 times: a sum in bfloat16 would stop growing at 256."""
+    packed = torch.full((1, 32, 1), -1, dtype=torch.int32, device=device)  # all bits 1
+    scales = torch.full((1, 32, 1), 2 / 32, dtype=dtype, device=device)
+    x = torch.ones(1, 1, 32, dtype=dtype, device=device, requires_grad=True)
+    lhs = torch.zeros(4096, dtype=torch.int64, device=device)
+    ops.gather_qmm(x, packed, scales, None, lhs, None, 32).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 4096))
+
+
+def test_gradients_of_nothing_are_nothing():
+    """k = 0: sums of no terms, of the right shape."""
+    x = torch.randn(2, 2, 0, requires_grad=True)
+    packed, scales, biases = (
+        t.requires_grad_(t.is_floating_point()) for t in make_weights(1, 3, 0)
+    )
+    index = torch.tensor([0, 1])
+    y = ops.gather_qmm(x, packed, scales, biases, index, torch.tensor([0]), 128)
+    assert torch.equal(y, torch.zeros(2, 2, 3))
+    y.sum().backward()
+    assert [t.grad.shape for t in (x, scales, biases)] == [(2, 2, 0), (1, 3, 0), (1, 3, 0)]
+
+
 def test_packed_and_quantize_have_no_gradient():
     w = torch.randn(4, 64, requires_grad=True)
     packed, scales, biases = ops.quantize(w, 32)

@@ -67,6 +67,27 @@ def test_composite_refuses_an_index_out_of_range(op, argument, values, message):
         composite(getattr(ops, op), **arguments)
 
 
+@pytest.mark.parametrize(
+    "m, n, k, batch", [(2, 3, 0, 2), (2, 0, 64, 2), (0, 3, 64, 2), (2, 3, 64, 0)]
+)
+def test_composite_of_nothing_equals_the_kernels(m, n, k, batch):
+    packed, scales, biases = make_weights(1, n, k, group_size=32)
+    x, grad = torch.randn(batch, m, k), torch.randn(batch, m, n)
+    rhs = torch.zeros(batch, dtype=torch.int64)
+    flat = [t[0] for t in (packed, scales, biases)]
+    for op, args in [
+        (ops.quantize, (x, 32)),
+        (ops.dequantize, (packed, scales, biases, 32)),
+        (ops.embedding, (rhs[: min(batch, n)], *flat, 32)),
+        (ops.qmm, (x, *flat, 32)),
+        (ops.qmm, (x, packed, scales, biases, 32)),
+        (ops.gather_qmm, (x, packed, scales, biases, None, rhs, 32)),
+        (ops.affine_grad, (grad, x, flat[0], None, None, 32)),
+        (ops.affine_grad, (grad, x, packed, None, rhs, 32)),
+    ]:
+        torch.testing.assert_close(composite(op, *args), op(*args))
+
+
 @pytest.mark.parametrize("name", [*calls(), "quantize"])
 def test_composite_reads_nothing_back_from_the_device(name):
     """On the meta device there is nothing to read: a hidden synchronization would fail."""
