@@ -261,6 +261,15 @@ def test_autocast_trains_float32_weights_in_bfloat16():
         assert (p.grad - q.grad).norm() < 0.05 * q.grad.norm() + 1e-6
 
 
+def test_autocast_leaves_float64_as_it_leaves_it_to_linear_layers():
+    layer = QATLinear(nn.Linear(64, 8).double(), group_size=32)
+    x = torch.randn(2, 64, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(
+            layer(x), F.linear(x, level_ops.fake_quantize(layer.weight, "mean", 32), layer.bias)
+        )
+
+
 def test_checkpointed_activations_give_the_same_gradients():
     model, x = prepare_qat_(Net(), group_size=32), tokens()
     model(x).square().sum().backward()
