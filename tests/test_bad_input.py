@@ -46,6 +46,11 @@ def words_as(dtype: torch.dtype):
     }
 
 
+def levels_as(dtype: torch.dtype):
+    """A checkpoint whose levels are of another dtype."""
+    return {k: v.to(dtype) if k.endswith("scales") else v for k, v in packed().state_dict().items()}
+
+
 # (a model, what is done to it, how the error reads)
 MODELS = [
     (plain, lambda m: quantize_(m, group_size="64"), "group_size must be 32, 64 or 128, got '64'"),
@@ -98,6 +103,15 @@ MODELS = [
         (packed, lambda m, d=d: m.load_state_dict(words_as(d)), f"1.weight must be int32 .* {d}")
         for d in (torch.float32, torch.int64, torch.uint8)
     ),
+    *(
+        (
+            packed,
+            lambda m, d=d, a=a: m.load_state_dict(levels_as(d), assign=a),
+            f"2.scales must be float32, .* got {d}",
+        )
+        for d in (torch.int32, torch.complex64, torch.bool)
+        for a in (False, True)
+    ),
     (
         packed,
         lambda m: m.load_state_dict(words_as(torch.float32), assign=True),
@@ -120,7 +134,7 @@ def test_refused_change_leaves_the_model_as_it_was(make, call, message):
     kinds, tensors = state(model)
     values = {name: t.clone() for name, t in tensors.items()}
     # load_state_dict collects what layers say into a RuntimeError of its own.
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
         call(model)
     kinds_after, tensors_after = state(model)
     assert kinds_after == kinds
@@ -178,7 +192,33 @@ LAYERS = [
 
 @pytest.mark.parametrize("call, message", LAYERS, ids=[row[1] for row in LAYERS])
 def test_illegal_argument_is_named_with_its_rule_and_value(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()
+
+
+TYPES = [
+    lambda: OneBitLinear(128, 8, group_size=64.0),
+    lambda: OneBitLinear(128, 8, group_size=True),
+    lambda: OneBitLinear(128.0, 8),
+    lambda: OneBitLinear(128, 8, dtype="half"),
+    lambda: OneBitLinear.from_linear(CONV),
+    lambda: Distillation("x"),
+    lambda: quantize_("model"),
+    lambda: quantize_(plain(), filter_fn="x"),
+    lambda: convert_(prepare_qat_(plain(), group_size=64), dtype="half"),
+]
+VALUES = [
+    lambda: OneBitLinear(128, 8, group_size=48),
+    lambda: OneBitLinear(-128, 8),
+    lambda: OneBitLinear(128, 8, dtype=torch.int32),
+]
+
+
+@pytest.mark.parametrize(
+    "call, error", [(c, TypeError) for c in TYPES] + [(c, ValueError) for c in VALUES]
+)
+def test_a_wrong_type_is_a_type_error_and_a_wrong_value_a_value_error(call, error):
+    with pytest.raises(error, match=r"must be .*, got"):
         call()
 
 

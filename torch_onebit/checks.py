@@ -10,29 +10,42 @@ GROUP_SIZES = (32, 64, 128)
 LEVEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def _check(right_type: bool, legal: bool, message: str) -> None:
+    """A TypeError where Python means one, a ValueError where only the value is wrong."""
+    if not right_type:
+        raise TypeError(message)
+    if not legal:
+        raise ValueError(message)
+
+
 def check_group_size(group_size: Any) -> None:
-    if type(group_size) is not int or group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size must be 32, 64 or 128, got {group_size!r}")
+    _check(
+        type(group_size) is int,
+        group_size in GROUP_SIZES,
+        f"group_size must be 32, 64 or 128, got {group_size!r}",
+    )
 
 
 def check_count(name: str, value: Any, least: int = 0) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    integer = isinstance(value, Integral) and not isinstance(value, bool)
+    message = f"{name} must be an integer of at least {least}, got {value!r}"
+    _check(integer, integer and value >= least, message)
 
 
 def check_level_dtype(dtype: torch.dtype | None) -> None:
-    if dtype is not None and dtype not in LEVEL_DTYPES:
-        raise ValueError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype!r}")
+    _check(
+        dtype is None or isinstance(dtype, torch.dtype),
+        dtype is None or dtype in LEVEL_DTYPES,
+        f"dtype must be float32, float16, bfloat16 or float64, got {dtype!r}",
+    )
 
 
 def check_callable(name: str, value: Any) -> None:
-    if not callable(value):
-        raise ValueError(f"{name} must be callable, got {value!r}")
+    _check(callable(value), True, f"{name} must be callable, got {value!r}")
 
 
 def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], words: str) -> None:
-    if not isinstance(value, kinds):
-        raise ValueError(f"{name} must be {words}, got {type(value).__name__}")
+    _check(isinstance(value, kinds), True, f"{name} must be {words}, got {type(value).__name__}")
 
 
 def check_model(model: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_onebit import ops
-from torch_onebit.checks import check_count, check_group_size, check_level_dtype
+from torch_onebit.checks import LEVEL_DTYPES, check_count, check_group_size, check_level_dtype
 from torch_onebit.nn.ties import TENSORS, Tie
 from torch_onebit.packing import WORD_BITS
 
@@ -148,6 +148,13 @@ class OneBitModule(nn.Module):
             error_msgs: list[str] = args[-1]
             error_msgs.append(f"{key} must be int32 or uint32, got {stored.dtype}")
             return
+        for key in (prefix + "scales", prefix + "biases"):  # copying would convert these too
+            stored = state_dict.get(key)
+            if isinstance(stored, Tensor) and stored.dtype not in LEVEL_DTYPES:
+                args[-1].append(
+                    f"{key} must be float32, float16, bfloat16 or float64, got {stored.dtype}"
+                )
+                return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
