@@ -1,35 +1,27 @@
-"""calibrate_: quantize a whole model layer by layer, each against the float model's outputs.
+"""calibrate_: quantize a whole model layer by layer, each against the float model's outputs."""
 
-Layer by layer in the order they run, with x_0 the layer's input in the float model and x_q the one
-in the model whose earlier layers are 1-bit already: choose w_hat so that ``w_hat x_q`` comes close
-to ``w x_0``. With ``H = E[x_q x_q^T]`` and ``C = E[x_0 x_q^T]`` that is the calibration of
-``w C H^-1`` with moments H: later layers make up for the errors of earlier ones.
-"""
-
+import contextlib
 import copy
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from torch_onebit import ops
-from torch_onebit.calibration.moments import Moments, collect
-from torch_onebit.calibration.passes import Call, Passes, as_call, find_chains, run
+from torch_onebit.calibration.batches import as_calls
+from torch_onebit.calibration.checkpoint import Store
+from torch_onebit.calibration.collect import Collector
+from torch_onebit.calibration.jobs import Job, find_jobs, install, put
+from torch_onebit.calibration.layer import Normal, Result, calibrate_layer, without_data
 from torch_onebit.calibration.report import CalibrationReport, CalibrationRow
-from torch_onebit.calibration.solver import (
-    Options,
-    damped,
-    quantize_calibrated,
-    solving_device,
-)
-from torch_onebit.methods import check_method, quantize_weight
-from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
-from torch_onebit.surgery import FilterFn, layer_options, obstacle, places
-from torch_onebit.training import LoRALinear
+from torch_onebit.calibration.solver import Options
+from torch_onebit.calibration.survey import Survey, survey
+from torch_onebit.checks import check_count
+from torch_onebit.methods import check_method
+from torch_onebit.surgery import FilterFn
 
 
 def calibrate_(
@@ -47,19 +39,25 @@ def calibrate_(
     """Quantize a model to 1 bit in place so that its outputs on batches change least.
 
     nn.Linear layers are calibrated in the order they run; a layer with a bias also corrects the
-    mean of its outputs in it. nn.Embedding, linear layers that share their weight and those that
-    batches never reach are quantized by method "optimal" first. Deterministic.
+    mean of its outputs in it. A layer that is called several times is fitted to all its calls.
+    nn.Embedding, linear layers that share their weight and those that batches never reach are
+    quantized by method "optimal" first. Deterministic. All or nothing: after an error or an
+    interrupt the model is as it was.
 
-    A few dozen batches are enough. Time per layer: per batch, a forward pass of two models up to
-    it, and the solver's cost (``quantize_calibrated``). Where blocks run as a chain, as in most
-    transformers, the pass is that of one block; the report names the chains. A cache of keys and
-    values passed on from block to block breaks them: switch it off (``use_cache=False``). Memory: a
-    second copy of the model, the moments of one layer, 8 k (n + k) bytes, and for all batches the
-    inputs of one block of both models.
+    A few dozen batches are enough. Time per layer: the sums over its inputs, the solver's cost
+    (``quantize_calibrated``) and its share of the passes: where blocks run as a chain, as in most
+    transformers, both models run one block at a time; the report names the chains. A cache of keys
+    and values passed on from block to block breaks them: switch it off (``use_cache=False``).
+    Memory: copies of the model without the weights of its layers, the moments of one layer, 12 k
+    (n + k) bytes, up to 2 GiB of layer outputs, and for all batches the inputs of one block of both
+    models.
 
     Args:
-        model: on any device the operators run on; evaluated in eval mode, its mode is kept.
-        batches: inputs, each a tensor, a tuple of arguments or a dict of keyword arguments.
+        model: on any device the operators run on; evaluated in eval mode. Modes are kept.
+        batches: an iterable of batches. A tensor is the model's first argument; a tuple or list
+            positional arguments; a mapping, such as a dict or BatchEncoding, keyword arguments.
+            Arguments that the model does not take are left out, such as labels; of a tuple from a
+            DataLoader also those that it does not require. What was made of them is in the report.
         group_size: weights that share a scale: 32, 64 or 128.
         symmetric: store no biases; weights are ``±scale / 2``.
         filter_fn: ``filter_fn(module, name)`` is false to leave the layer, true to quantize it, or
@@ -67,294 +65,186 @@ def calibrate_(
         lora_rank: put a low-rank product of this rank beside every calibrated layer
             (``LoRALinear``) that makes up for most of the error left; 0 for none.
         options: rounds, sweeps and damping of the solver.
-        checkpoint: a folder for finished layers; a run that was cut short goes on from there.
+        checkpoint: a folder for finished layers; a run with the same model, batches and options
+            that was cut short goes on from there.
         progress: show a progress bar.
     Returns:
         the report: per layer the weight error, the output error and seconds.
     Raises:
-        ValueError: no batches, an option or group size that is not allowed, or a checkpoint of
-            another model or other options.
+        ValueError: no batches or only empty ones, batches that do not say which arguments they
+            are, an option or group size that is not allowed, NaN or Inf in a weight or in what
+            batches give a layer, or a checkpoint of another run.
     """
     check_method("calibrated", symmetric)
     if isinstance(model, nn.Linear | nn.Embedding):
         raise ValueError(
             f"model must contain the layers to swap, got {type(model).__name__} itself"
         )
-    if isinstance(batches, Tensor | dict | str) or not isinstance(batches, Iterable):
-        raise ValueError(
-            f"batches must be an iterable of batches, such as a list, got {type(batches).__name__}"
-        )
-    calls = [as_call(batch) for batch in batches]
-    if not calls:
-        raise ValueError("batches must hold at least one batch, got none")
-    if lora_rank < 0:
-        raise ValueError(f"lora_rank must be 0 or more, got {lora_rank}")
+    check_count("lora_rank", lora_rank)
     options = options or Options()
     report = CalibrationReport()
-    jobs = _jobs(model, filter_fn, {"group_size": group_size, "symmetric": symmetric}, report)
-    training = model.training
-    model.eval()
-    reference = copy.deepcopy(model)
-    order = _order_of_use(model, calls[0])
-    report.chains = find_chains(model, calls[0])
-    passes = [
-        Passes(m, calls, [m.get_submodule(name) for name in report.chains])
-        for m in (reference, model)
-    ]
-    # Layers without inputs of their own come first: what they do is what the others make up for.
-    data_free = [job for job in jobs if job.reason(order)]
-    calibrated = sorted(
-        (job for job in jobs if not job.reason(order)), key=lambda job: order[id(job.layer)]
-    )
-    store = _Store(checkpoint, options, len(calls), lora_rank)
-    bar = tqdm(total=len(jobs), desc="calibrate", unit="layer", disable=None if progress else True)
-    for index, job in enumerate(data_free + calibrated):
-        bar.set_postfix_str(job.name, refresh=False)
-        saved = store.load(index, job)
-        if saved is None:
-            start = time.perf_counter()
-            if index < len(data_free):
-                result = _optimal(job, job.reason(order))
-            else:
-                twin = reference.get_submodule(job.name)
-                moments = collect(passes[0], twin, passes[1], job.layer)
-                result = _calibrate(job, moments, options, lora_rank)
-            result.seconds = time.perf_counter() - start
-            store.save(index, job, result)
-        else:
-            result = saved
-        report.layers.append(result.row(job))
-        job.install(result)
-        bar.update()
-    bar.close()
-    _tie_all(jobs)
-    model.train(training)
+    defaults = {"group_size": group_size, "symmetric": symmetric}
+    jobs = find_jobs(model, filter_fn, defaults, report)
+    calls, report.batches = as_calls(model, batches)
+    with _no_fast_path():
+        reference = _eval_copy(model, jobs)
+        candidates = {job.name: reference.get_submodule(job.name) for job in jobs if not job.reason}
+        seen = survey(reference, calls, candidates)
+        report.chains = seen.chains
+        store = Store(checkpoint)
+        visits = _visits(jobs, seen)
+        ordered = [job for group in visits for job in group]
+        store.open(model, ordered, calls, options, lora_rank)
+        working = _eval_copy(model, jobs)
+        collector = Collector(reference, working, calls, seen)
+        bar = _Bar({job.name: _cost(job, seen, options) for job in ordered}, progress)
+        new: dict[Job, nn.Module] = {}
+        for group in visits:
+            bar.start(group)
+            results = [
+                store.load(len(new) + i, job.layer.weight.device) for i, job in enumerate(group)
+            ]
+            todo = [job for job, result in zip(group, results, strict=True) if result is None]
+            upcoming = [job for job in ordered[len(new) + len(group) :] if not job.reason]
+            made = dict(_quantize(todo, upcoming, collector, options, lora_rank))
+            for job, saved in zip(group, results, strict=True):
+                result = saved or made[job]
+                if not saved:
+                    store.save(len(new), result)
+                report.layers.append(_row(job, result))
+                new[job] = job.make(result)
+                layer = job.make(result).eval()
+                if job.reason:
+                    put(working, job.names, layer)
+                else:
+                    collector.installed(job, layer)
+                bar.finish(job, fresh=not saved)
+        bar.close()
+    install(model, new)
     return report
 
 
-class _Job:
-    """A layer to quantize, and everywhere it is used."""
+def _quantize(
+    group: list[Job], upcoming: list[Job], collector: Collector, options: Options, rank: int
+) -> Iterator[tuple[Job, Result]]:
+    """Results of layers that are given the same inputs."""
+    if not group:
+        return
+    start = time.perf_counter()
+    if group[0].reason:
+        for job in group:
+            result = without_data(job.layer, job.group_size, job.symmetric, job.reason)
+            start, result.seconds = _lap(start)
+            yield job, result
+        return
+    inputs, outputs, note = collector.collect(group, upcoming)
+    start, shared = _lap(start)
+    normals: dict[bool, Normal] = {}
+    for job in group:
+        centred = job.layer.bias is not None  # means can only be corrected where there is a bias
+        if centred not in normals:
+            normals[centred] = Normal(inputs, centred, options.damping)
+        result = calibrate_layer(
+            job.layer,
+            normals[centred],
+            outputs[job.name],
+            job.group_size,
+            job.symmetric,
+            options,
+            rank,
+        )
+        calls = max(collector.seen.uses[job.name].counts)
+        result.note = note or (f"called {calls} times" if calls > 1 else "")
+        start, seconds = _lap(start)
+        result.seconds = seconds + shared / len(group)
+        yield job, result
 
-    def __init__(self, name: str, layer: nn.Module, options: dict[str, Any], shared: bool):
-        self.name = name
-        self.layer = layer
-        self.group_size = options["group_size"]
-        self.symmetric = options["symmetric"]
-        self.shared = shared  # its weight is another layer's too
-        self.places: list[tuple[nn.Module, str]] = []
-        self.new: OneBitModule | None = None
 
-    def reason(self, order: dict[int, int]) -> str:
-        """Why this layer cannot be calibrated; empty when it can."""
-        if isinstance(self.layer, nn.Embedding):
-            return "embedding"
-        if self.shared:
-            return "shared weight"
-        return "" if id(self.layer) in order else "not reached by batches"
+def _lap(start: float) -> tuple[float, float]:
+    now = time.perf_counter()
+    return now, now - start
 
-    def install(self, result: "_Result") -> None:
-        """Put the 1-bit layer everywhere the float one was."""
-        layer = self.layer
-        levels = result.packed, result.scales, result.biases
-        options = {"group_size": self.group_size}
-        if isinstance(layer, nn.Embedding):
-            self.new = OneBitEmbedding.from_packed(*levels, layer.padding_idx, **options)
+
+def _row(job: Job, result: Result) -> CalibrationRow:
+    return CalibrationRow(
+        job.name,
+        tuple(job.layer.weight.shape),
+        result.weight_error,
+        result.output_error,
+        result.seconds,
+        result.note,
+    )
+
+
+def _visits(jobs: list[Job], seen: Survey) -> list[list[Job]]:
+    """Jobs in the order they are worked on, in groups that are given the same inputs."""
+    for job in jobs:
+        if not job.reason and not (job.name in seen.uses and seen.uses[job.name].rows):
+            job.reason = "not reached by batches"
+    # Layers without inputs of their own come first: what they do is what the others make up for.
+    groups = [[job] for job in jobs if job.reason]
+    by_name = {job.name: job for job in jobs if not job.reason}
+    for name in seen.uses:
+        if name not in by_name:
+            continue
+        job, last = by_name[name], groups[-1] if groups else []
+        if seen.follows.get(name) in [other.name for other in last if not other.reason]:
+            last.append(job)
         else:
-            if result.bias is not None:
-                with torch.no_grad():
-                    layer.bias.copy_(result.bias)
-            self.new = OneBitLinear.from_packed(*levels, layer.bias, **options)
-        new: nn.Module = self.new
-        if result.lora_a is not None:
-            new = LoRALinear(self.new, rank=len(result.lora_a))
-            with torch.no_grad():
-                new.lora_a.copy_(result.lora_a)
-                new.lora_b.copy_(result.lora_b)
-        for parent, attribute in self.places:
-            setattr(parent, attribute, new.train(layer.training))
+            groups.append([job])
+    return groups
 
 
-class _Result:
-    """What one layer became; the fields a checkpoint keeps."""
+def _eval_copy(model: nn.Module, jobs: list[Job]) -> nn.Module:
+    """A copy in eval mode that shares the weights to be quantized."""
+    shared = {id(job.layer.weight): job.layer.weight for job in jobs}
+    return copy.deepcopy(model, shared).eval()
 
-    def __init__(self, packed: Tensor, scales: Tensor, biases: Tensor | None, **rest: Any):
-        self.packed, self.scales, self.biases = packed, scales, biases
-        self.bias: Tensor | None = rest.get("bias")
-        self.lora_a: Tensor | None = rest.get("lora_a")
-        self.lora_b: Tensor | None = rest.get("lora_b")
-        self.weight_error: float = rest["weight_error"]
-        self.output_error: float | None = rest.get("output_error")
-        self.note: str = rest.get("note", "")
-        self.seconds: float = rest.get("seconds", 0.0)
 
-    def row(self, job: _Job) -> CalibrationRow:
-        shape = tuple(job.layer.weight.shape)
-        return CalibrationRow(
-            job.name, shape, self.weight_error, self.output_error, self.seconds, self.note
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Without the kernels that PyTorch's encoder layers run on the weights of their layers."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _cost(job: Job, seen: Survey, options: Options) -> float:
+    """Multiply-adds of a layer, those of small systems counted as often as they take longer."""
+    n, k = job.layer.weight.shape
+    if job.reason:
+        return 50.0 * n * k
+    rows, groups = seen.uses[job.name].rows, k / job.group_size
+    passes = 3 * rows * n * k + rows * k * (k / 2 + n)
+    solver = options.rounds * n * (k * k * (1.5 + options.sweeps) + 3 * (2 * groups) ** 3)
+    return passes + solver + k**3
+
+
+class _Bar:
+    """A progress bar whose estimate counts layers by what they cost."""
+
+    def __init__(self, costs: dict[str, float], shown: bool) -> None:
+        self.costs = costs
+        self.bar = tqdm(
+            total=sum(costs.values()),
+            desc="calibrate",
+            disable=None if shown else True,
+            smoothing=0,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} < {remaining} {postfix}",
         )
 
+    def start(self, group: list[Job]) -> None:
+        self.bar.set_postfix_str(group[0].name, refresh=True)
 
-@torch.no_grad()
-def _optimal(job: _Job, note: str) -> _Result:
-    w = job.layer.weight
-    levels = quantize_weight(w, "optimal", job.group_size, symmetric=job.symmetric)
-    w_hat = ops.dequantize(*levels, job.group_size)
-    return _Result(*levels, weight_error=_relative(w_hat - w, w), note=note)
+    def finish(self, job: Job, fresh: bool) -> None:
+        cost = self.costs[job.name]
+        if not fresh:  # loaded, which says nothing of the time the others take
+            self.bar.total -= cost
+        else:
+            self.bar.update(cost)
 
-
-@torch.no_grad()
-def _calibrate(job: _Job, moments: Moments, options: Options, rank: int) -> _Result:
-    home, bias = job.layer.weight.device, job.layer.bias
-    w = job.layer.weight.to(solving_device(home))
-    centred = bias is not None  # means can only be corrected where there is a bias
-    h, tx, tt = moments.second(centred)
-    # The same damping on both sides: inputs that agree leave w as it is.
-    damping = damped(h, options.damping) - h
-    target = torch.linalg.solve(h + damping, (tx + w.double() @ damping).t(), left=True).t()
-    levels = quantize_calibrated(
-        target.to(w.dtype), h, job.group_size, symmetric=job.symmetric, options=options
-    )
-    w_hat = ops.dequantize(*levels, job.group_size).double()
-    lora_a = lora_b = None
-    if rank:
-        lora_a, lora_b = _low_rank(target - w_hat, h + damping, rank)
-        w_hat += lora_b @ lora_a
-    mean_x, mean_t = moments.means()
-    # E|t - w_hat x|^2 = E|t|^2 - 2 tr(E[t x^T] w_hat^T) + tr(w_hat H w_hat^T)
-    energy = float(tt.sum())
-    difference = energy - 2 * float((tx * w_hat).sum()) + float(((w_hat @ h) * w_hat).sum())
-
-    def back(t: Tensor | None, dtype: torch.dtype = w.dtype) -> Tensor | None:
-        return None if t is None else t.to(dtype).to(home)
-
-    return _Result(
-        back(levels[0], torch.int32),
-        back(levels[1]),
-        back(levels[2]),
-        lora_a=back(lora_a),
-        lora_b=back(lora_b),
-        bias=None if bias is None else back(mean_t - w_hat @ mean_x, bias.dtype),
-        weight_error=_relative(w_hat - w, w),
-        output_error=difference / energy if energy > 0 else 0.0,
-    )
-
-
-def _low_rank(error: Tensor, h: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """a ``[r, k]``, b ``[n, r]`` of least ``tr((error - b a) h (error - b a)^T)``, nearly.
-
-    By subspace iteration: ``n k (r + 8)`` multiply-adds 16 times, where an SVD would take longer
-    than the bits. Rows of a are as long as those a ``LoRALinear`` starts with.
-    """
-    rank = min(rank, *error.shape)
-    root = torch.linalg.cholesky(h)
-    scaled = error @ root
-    generator = torch.Generator().manual_seed(0)  # any start will do
-    start = torch.randn(len(h), rank + 8, generator=generator, dtype=h.dtype)
-    basis = start.to(h.device)
-    for _ in range(8):
-        basis = torch.linalg.qr(scaled.t() @ (scaled @ basis))[0]
-    _, _, inner = torch.linalg.svd(scaled @ basis, full_matrices=False)
-    v = basis @ inner[:rank].t()  # the leading right singular vectors
-    a = torch.linalg.solve_triangular(root.t(), v, upper=True).t()
-    length = a.norm(dim=1, keepdim=True) * 3**0.5
-    return a / length, scaled @ v * length.t()
-
-
-def _relative(difference: Tensor, w: Tensor) -> float:
-    norm = _energy(w)
-    return _energy(difference) / norm if norm else 0.0
-
-
-def _energy(t: Tensor) -> float:
-    return float(t.detach().to(solving_device(t.device)).double().square().sum())
-
-
-def _jobs(
-    model: nn.Module,
-    filter_fn: FilterFn | None,
-    defaults: dict[str, Any],
-    report: CalibrationReport,
-) -> list[_Job]:
-    found = list(places(model, lambda module: type(module) in (nn.Linear, nn.Embedding)))
-    owners: dict[int, set[int]] = {}  # layers by the identity of their weight
-    for _, _, _, layer in found:
-        owners.setdefault(id(layer.weight), set()).add(id(layer))
-    jobs: dict[int, _Job] = {}
-    for name, parent, attribute, layer in found:
-        options = layer_options(filter_fn, layer, name, defaults)
-        if options is None:
-            continue
-        reason = obstacle(layer, options["group_size"])
-        if reason:
-            report.skipped.append((name, reason))
-            continue
-        shared = len(owners[id(layer.weight)]) > 1
-        job = jobs.setdefault(id(layer), _Job(name, layer, options, shared))
-        job.places.append((parent, attribute))
-    return list(jobs.values())
-
-
-def _order_of_use(model: nn.Module, call: Call) -> dict[int, int]:
-    """The order in which linear layers first run, by identity."""
-    order: dict[int, int] = {}
-
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        order.setdefault(id(module), len(order))
-
-    layers = [module for module in model.modules() if type(module) is nn.Linear]
-    handles = [layer.register_forward_hook(hook) for layer in layers]
-    try:
-        run(model, call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return order
-
-
-def _tie_all(jobs: list[_Job]) -> None:
-    first: dict[int, OneBitModule] = {}
-    for job in jobs:
-        owner = first.setdefault(id(job.layer.weight), job.new)
-        if owner is not job.new:
-            tie(owner, job.new)
-
-
-class _Store:
-    """Finished layers on disk, one file each, written whole or not at all."""
-
-    def __init__(
-        self, folder: str | Path | None, options: Options, batches: int, lora_rank: int
-    ) -> None:
-        self.folder = None if folder is None else Path(folder)
-        self.run = {"options": vars(options).copy(), "batches": batches, "lora_rank": lora_rank}
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-
-    def _key(self, job: _Job) -> dict[str, Any]:
-        return {
-            **self.run,
-            "name": job.name,
-            "shape": list(job.layer.weight.shape),
-            "group_size": job.group_size,
-            "symmetric": job.symmetric,
-            "norm": _energy(job.layer.weight),
-        }
-
-    def load(self, index: int, job: _Job) -> _Result | None:
-        if self.folder is None or not (self.folder / f"{index:05}.pt").exists():
-            return None
-        saved = torch.load(self.folder / f"{index:05}.pt", map_location=job.layer.weight.device)
-        if saved.pop("key") != self._key(job):
-            raise ValueError(
-                f"checkpoint must hold layers of this model with these options, got another "
-                f"{self.folder / f'{index:05}.pt'}"
-            )
-        return _Result(**saved)
-
-    def save(self, index: int, job: _Job, result: _Result) -> None:
-        if self.folder is None:
-            return
-        path = self.folder / f"{index:05}.pt"
-        partial = path.with_suffix(".partial")
-        torch.save({"key": self._key(job), **vars(result)}, partial)
-        partial.replace(path)
+    def close(self) -> None:
+        self.bar.close()

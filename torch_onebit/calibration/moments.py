@@ -1,71 +1,117 @@
-"""What calibration knows of a layer: its inputs in the half-quantized model, and what to aim at."""
+"""Sums over batches: all that calibration keeps of a layer's inputs and of what it aims at.
+
+Products are summed in float32 over ``ROWS`` inputs and then in float64. Inputs and targets are
+taken less the mean of the first batch: a mean far from zero would cost float32 its digits.
+"""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torch_onebit.calibration.passes import Passes, run_to
-from torch_onebit.calibration.solver import solving_device
+from torch_onebit.calibration.linear_algebra import solving_device
+
+ROWS = 8192
+COLUMNS = 256  # x x^T is symmetric: of blocks of so many columns those right of the diagonal
 
 
-class Moments:
-    """Second moments of a layer's inputs x in the 1-bit model and of the outputs t it aims at.
-
-    Sums are float64: of ``x x^T`` ``[k, k]``, ``t x^T`` ``[n, k]``, x ``[k]``, t and ``t^2``
-    ``[n]``: 8 k (k + n) bytes, for one layer at a time.
-    """
+class _Sum:
+    """A float64 sum of float32 products ``[rows, columns]``, 12 bytes a value."""
 
     def __init__(self, rows: int, columns: int, device: torch.device) -> None:
-        def zeros(*sizes: int) -> Tensor:
-            return torch.zeros(sizes, dtype=torch.float64, device=solving_device(device))
-
+        self.total = torch.zeros(rows, columns, dtype=torch.float64, device=device)
+        self.recent = torch.zeros(rows, columns, device=device)
         self.count = 0
-        self.xx = zeros(columns, columns)
-        self.tx = zeros(rows, columns)
-        self.sum_x, self.sum_t, self.sum_tt = zeros(columns), zeros(rows), zeros(rows)
 
-    def add(self, x: Tensor, target: Tensor) -> None:
-        """Add inputs ``[..., k]`` and the outputs ``[..., n]`` that are wanted for them."""
-        x, t = (t.detach().flatten(0, -2).float() for t in (x, target))
+    def counted(self, count: int) -> None:
+        self.count += count
+        if self.count >= ROWS:
+            self.fold()
+
+    def fold(self) -> Tensor:
+        self.total += self.recent
+        self.recent.zero_()
+        self.count = 0
+        return self.total
+
+
+def _mean(t: Tensor) -> Tensor:
+    return t.mean(0, dtype=torch.float64).float()
+
+
+class InputMoments:
+    """Of inputs x ``[k]`` in the 1-bit model: how many, their mean and ``E[x x^T]``."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.device = solving_device(device)
+        self.count = 0
+        self.shift = torch.zeros(columns, device=self.device)
+        self.sum = torch.zeros(columns, dtype=torch.float64, device=self.device)
+        self.square = _Sum(columns, columns, self.device)
+
+    def add(self, x: Tensor) -> Tensor:
+        """Add inputs ``[..., k]``; returns ``[m, k]``, them less the shift, for OutputMoments."""
+        x = x.detach().flatten(0, -2).to(self.device).float()
+        if self.count == 0:
+            self.shift = _mean(x)
+        x = x - self.shift
         self.count += len(x)
-        device = self.xx.device
-        self.xx += (x.t() @ x).to(device)
-        self.tx += (t.t() @ x).to(device)
-        self.sum_x += x.sum(0).to(device)
-        self.sum_t += t.sum(0).to(device)
-        self.sum_tt += t.square().sum(0).to(device)
+        self.sum += x.sum(0, dtype=torch.float64)
+        for begin in range(0, len(self.shift), COLUMNS):
+            part = self.square.recent[begin : begin + COLUMNS, begin:]
+            part.addmm_(x[:, begin : begin + COLUMNS].t(), x[:, begin:])
+        self.square.counted(len(x))
+        return x
 
-    def means(self) -> tuple[Tensor, Tensor]:
-        """Mean input ``[k]`` and target ``[n]``."""
-        return self.sum_x / self.count, self.sum_t / self.count
+    def mean(self) -> Tensor:
+        """``[k]``, float64."""
+        return self.shift + self.sum / self.count
 
-    def second(self, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """``E[x x^T]``, ``E[t x^T]`` and ``E[t^2]`` ``[n]``, about the means when centred."""
-        mean_x, mean_t = self.means()
-        if not centred:
-            mean_x, mean_t = mean_x * 0, mean_t * 0
-        return (
-            self.xx / self.count - torch.outer(mean_x, mean_x),
-            self.tx / self.count - torch.outer(mean_t, mean_x),
-            self.sum_tt / self.count - mean_t.square(),
-        )
+    def second(self, centred: bool) -> Tensor:
+        """``E[x x^T]`` ``[k, k]``, float64, about the mean when centred."""
+        right = self.square.fold() / self.count
+        about_shift = right.triu() + right.triu(1).t()
+        offset = self.sum / self.count  # of the mean from the shift
+        about_mean = about_shift - torch.outer(offset, offset)
+        return about_mean if centred else about_mean + torch.outer(self.mean(), self.mean())
 
 
-def collect(
-    reference: Passes, reference_layer: nn.Linear, model: Passes, layer: nn.Linear
-) -> Moments:
-    """Moments of a layer over batches; the model's layer sees what the layers before made of it.
+class OutputMoments:
+    """Of the outputs t ``[n]`` that are wanted for inputs: their mean, ``E[t x^T]``, ``E[t^2]``."""
 
-    Target: the output of the float model. Where an output is added to a residual, and so comes out
-    of the two models as ``y_0 + r_0`` and ``y + r``, it is ``y_0 + r_0 - r``: the layer makes up
-    for the error of the residual too, as far as its input tells it.
-    """
-    moments = Moments(*layer.weight.shape, layer.weight.device)
-    module_0, calls_0 = reference.reach(reference_layer)
-    module, calls = model.reach(layer)
-    for call_0, call in zip(calls_0, calls, strict=True):
-        _, target, residual_0 = run_to(module_0, reference_layer, call_0)
-        x, _, residual = run_to(module, layer, call)
-        if residual is not None and residual_0 is not None:
-            target = target + (residual_0 - residual)
-        moments.add(x, target)
-    return moments
+    def __init__(self, rows: int, inputs: InputMoments) -> None:
+        self.inputs = inputs
+        self.count = 0
+        self.shift = torch.zeros(rows, device=inputs.device)
+        self.sum = torch.zeros(rows, dtype=torch.float64, device=inputs.device)
+        self.squares = torch.zeros(rows, dtype=torch.float64, device=inputs.device)
+        self.cross = _Sum(rows, len(inputs.shift), inputs.device)
+
+    def add(self, target: Tensor, x: Tensor) -> None:
+        """Add targets ``[..., n]`` for inputs x as ``InputMoments.add`` returned them."""
+        t = target.detach().flatten(0, -2).to(self.inputs.device).float()
+        if self.count == 0:
+            self.shift = _mean(t)
+        t = t - self.shift
+        self.count += len(t)
+        self.sum += t.sum(0, dtype=torch.float64)
+        self.squares += t.square().sum(0, dtype=torch.float64)
+        self.cross.recent.addmm_(t.t(), x)
+        self.cross.counted(len(t))
+
+    def mean(self) -> Tensor:
+        """``[n]``, float64."""
+        return self.shift + self.sum / self.count
+
+    def variance(self) -> Tensor:
+        """``E[t^2]`` about the mean, ``[n]``."""
+        return (self.squares / self.count - (self.sum / self.count).square()).clamp(min=0)
+
+    def second(self, centred: bool) -> Tensor:
+        """``E[t x^T]`` ``[n, k]``, float64, about the means when centred."""
+        offset, offset_x = self.sum / self.count, self.inputs.sum / self.count
+        about_means = self.cross.fold() / self.count - torch.outer(offset, offset_x)
+        if centred:
+            return about_means
+        return about_means + torch.outer(self.mean(), self.inputs.mean())
+
+    def finite(self) -> bool:
+        return bool(self.squares.isfinite().all() and self.inputs.sum.isfinite().all())

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class CalibrationRow:
-    """One layer. Errors are squared and relative: of the weights, and of the outputs (None when the
-    layer was quantized without its inputs, for the reason in ``note``)."""
+    """One layer. Errors are squared and relative to what they are errors of: of the weights, and
+    of the outputs, ``E|y - t|^2 / E|t|^2`` over all calls in all batches, t what the layer aimed
+    at: 0 when outputs are right, 1 when they might as well be 0. None when the layer was quantized
+    without its inputs, for the reason in ``note``."""
 
     name: str
     shape: tuple[int, int]
@@ -23,6 +25,7 @@ class CalibrationReport:
     layers: list[CalibrationRow] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     chains: list[str] = field(default_factory=list)  # run block by block, not from the start
+    batches: str = ""  # what was made of them
 
     @property
     def seconds(self) -> float:
@@ -40,6 +43,13 @@ class CalibrationReport:
             )
             lines.append(line.rstrip())
         lines.append(f"{len(self.layers)} layers, {self.seconds:.1f} s")
-        lines.append(f"run block by block: {', '.join(self.chains) or 'nothing'}")
+        lines.append(self.batches)
+        if self.chains:
+            lines.append(f"ran one block at a time: {', '.join(self.chains)}")
+        else:
+            lines.append(
+                "ran the whole model for every layer: it has no list of blocks of which each gets "
+                "just what the one before returned (slower, results are the same)"
+            )
         lines += [f"left as it was: {name} ({reason})" for name, reason in self.skipped]
         return "\n".join(lines)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_onebit.calibration.linear_algebra import damped, not_finite, solving_device
 from torch_onebit.level_ops import quantize_levels
 from torch_onebit.packing import pack_bits, unpack_bits
 
@@ -36,18 +37,6 @@ class Options:
     rounds: int = 5
     sweeps: int = 2
     damping: float = 0.01
-
-
-def solving_device(device: torch.device) -> torch.device:
-    """Where sums and solves in float64 run: there, or on the CPU for MPS, which has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
-def damped(moments: Tensor, damping: float) -> Tensor:
-    """moments ``[k, k]`` plus ``damping`` times its mean diagonal; a dead input stays harmless."""
-    level = damping * moments.diagonal().mean()
-    level = torch.where(level > 0, level, torch.ones_like(level))
-    return moments + level * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
 
 
 def quantize_calibrated(
@@ -71,7 +60,7 @@ def quantize_calibrated(
         packed ``[n, k // 32]`` int32, scales and biases ``[n, k // group_size]`` in the dtype of w;
         biases are None in the symmetric form.
     Raises:
-        ValueError: moments of another shape, or a w that the format does not allow.
+        ValueError: moments of another shape, NaN or Inf, or a w that the format does not allow.
     """
     options = options or Options()
     if w.dim() != 2 or moments.shape != (w.shape[1], w.shape[1]):
@@ -79,30 +68,52 @@ def quantize_calibrated(
             f"moments must be a square of the columns of w {list(w.shape)}, "
             f"got {list(moments.shape)}"
         )
+    for name, values in (("w", w), ("moments", moments)):
+        if not torch.isfinite(values).all():
+            raise ValueError(f"{name} must be finite, got {not_finite(values)}")
     device, dtype = w.device, w.dtype
-    w, moments = w.to(solving_device(device)), moments.to(solving_device(device))
-    h = damped(moments.double(), options.damping).float()
-    groups = w.shape[1] // group_size
-    chunk = max(32, min(1024, SYSTEM_VALUES // (2 * groups) ** 2))
-    parts = [
-        _quantize_rows(rows.float(), h, group_size, symmetric, options) for rows in w.split(chunk)
-    ]
-    bits, scales, biases = (torch.cat(part) for part in zip(*parts, strict=True))
+    w, moments = w.to(solving_device(device)).float(), moments.to(solving_device(device)).double()
+    h = damped(moments, options.damping).float()
+    bits, scales, biases = solve(w, w @ h, h, group_size, symmetric, options)
     packed, scales = pack_bits(bits).to(device), scales.to(device, dtype)
     return packed, scales, None if symmetric else biases.to(device, dtype)
 
 
-def _quantize_rows(
-    w: Tensor, h: Tensor, group_size: int, symmetric: bool, options: Options
+def solve(
+    start: Tensor, wanted: Tensor, h: Tensor, group_size: int, symmetric: bool, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bits ``[n, k]``, scales and biases ``[n, groups]`` of little ``tr(w_hat h w_hat^T) -
+    2 tr(wanted w_hat^T)``.
+
+    Args:
+        start: ``[n, k]``, float32, near the real-valued minimum ``wanted h^-1``.
+        wanted: ``[n, k]``, float32.
+        h: ``[k, k]``, float32.
+    """
+    n, k = start.shape
+    groups = k // group_size
+    if not n * k:
+        levels = start.new_empty(n, groups)
+        return start.new_empty(n, k, dtype=torch.bool), levels, levels.clone()
+    chunk = max(32, min(1024, SYSTEM_VALUES // (2 * groups) ** 2))
+    parts = [
+        _solve_rows(*rows, h, group_size, symmetric, options)
+        for rows in zip(start.split(chunk), wanted.split(chunk), strict=True)
+    ]
+    bits, scales, biases = (torch.cat(part) for part in zip(*parts, strict=True))
+    return bits, scales, biases
+
+
+def _solve_rows(
+    start: Tensor, wanted: Tensor, h: Tensor, group_size: int, symmetric: bool, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     rule = "sign" if symmetric else "optimal"
-    bits = unpack_bits(quantize_levels(w, rule, group_size)[0])
-    wh = w @ h
+    bits = unpack_bits(quantize_levels(start, rule, group_size)[0])
     for _ in range(options.rounds):
-        scales, biases = _refit(wh, h, bits, group_size, symmetric)
-        if not _descend(w, h, bits, scales, biases, group_size, options.sweeps):
+        scales, biases = _refit(wanted, h, bits, group_size, symmetric)
+        if not _descend(wanted, h, bits, scales, biases, group_size, options.sweeps):
             return bits, scales, biases
-    return bits, *_refit(wh, h, bits, group_size, symmetric)
+    return bits, *_refit(wanted, h, bits, group_size, symmetric)
 
 
 def _by_group(t: Tensor, group_size: int) -> Tensor:
@@ -110,9 +121,9 @@ def _by_group(t: Tensor, group_size: int) -> Tensor:
 
 
 def _refit(
-    wh: Tensor, h: Tensor, bits: Tensor, group_size: int, symmetric: bool
+    wanted: Tensor, h: Tensor, bits: Tensor, group_size: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    """The best scales and biases ``[n, groups]`` for bits ``[n, k]``, given ``wh = w @ h``.
+    """The best scales and biases ``[n, groups]`` for bits ``[n, k]``, for what is ``wanted``.
 
     With columns ``bit`` and ``1`` per group the normal equations are
     ``[[A, B], [B^T, C]] [scale, bias] = [r, s]``; sums are float32, the solve float64.
@@ -127,7 +138,7 @@ def _refit(
         right = _by_group(product.mul_(signs[:, columns.start :]), group_size)
         a[:, p, p:] = right
         a[:, p:, p] = right
-    r = _by_group(wh * signs, group_size)
+    r = _by_group(wanted * signs, group_size)
     if symmetric:
         amplitude = _solve(a.double(), r.double())
         return 2 * amplitude, -amplitude
@@ -141,7 +152,7 @@ def _refit(
     )
     c = h_groups.unflatten(0, (groups, group_size)).sum(1).expand(n, -1, -1)
     system = torch.cat([torch.cat([a, b], 2), torch.cat([b.transpose(1, 2), c], 2)], 1)
-    levels = _solve(system.double(), torch.cat([r, _by_group(wh, group_size)], 1).double())
+    levels = _solve(system.double(), torch.cat([r, _by_group(wanted, group_size)], 1).double())
     return levels[:, :groups], levels[:, groups:]
 
 
@@ -154,7 +165,7 @@ def _solve(system: Tensor, right: Tensor) -> Tensor:
 
 
 def _descend(
-    w: Tensor,
+    wanted: Tensor,
     h: Tensor,
     bits: Tensor,
     scales: Tensor,
@@ -165,7 +176,7 @@ def _descend(
     """Flip bits ``[n, k]`` in place while that lowers the loss. Returns whether any flipped."""
     k = bits.shape[1]
     w_hat = scales.repeat_interleave(group_size, 1) * bits + biases.repeat_interleave(group_size, 1)
-    error = (w - w_hat) @ h
+    error = torch.addmm(wanted, w_hat, h, alpha=-1)
     flipped = False
     for _ in range(sweeps):
         flipped_now = False

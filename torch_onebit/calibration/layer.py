@@ -1,0 +1,144 @@
+"""One layer, calibrated: from the moments of its inputs and targets to its 1-bit form.
+
+With x the inputs of the layer in the model whose earlier layers are 1-bit already and t what it
+should give: choose w_hat so that ``w_hat x`` comes close to t. With ``H = E[x x^T]`` and ``C =
+E[t x^T]`` that is to minimise ``tr(w_hat H w_hat^T) - 2 tr(C w_hat^T)``. Both are damped on the
+same side: ``H + d``, ``C + w d``, so that inputs that agree leave w as it is.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torch_onebit import ops
+from torch_onebit.calibration.linear_algebra import cholesky, damping_of, solving_device
+from torch_onebit.calibration.moments import InputMoments, OutputMoments
+from torch_onebit.calibration.solver import Options, solve
+from torch_onebit.methods import quantize_weight
+from torch_onebit.packing import pack_bits
+
+
+@dataclass
+class Result:
+    """What one layer became; what a checkpoint keeps."""
+
+    packed: Tensor
+    scales: Tensor
+    biases: Tensor | None
+    weight_error: float
+    output_error: float | None = None
+    bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    note: str = ""
+    seconds: float = 0.0
+
+
+class Normal:
+    """H of some inputs and the factor of ``H + damping``, for all layers that are given them."""
+
+    def __init__(self, inputs: InputMoments, centred: bool, damping: float) -> None:
+        self.h = inputs.second(centred)
+        self.damping = damping_of(self.h, damping)
+        self.damped = self.h.clone()
+        self.damped.diagonal().add_(self.damping)
+        self.root = cholesky(self.damped)
+
+
+@torch.no_grad()
+def without_data(layer: nn.Module, group_size: int, symmetric: bool, note: str) -> Result:
+    """By method "optimal"."""
+    w = layer.weight
+    levels = quantize_weight(w, "optimal", group_size, symmetric=symmetric)
+    w_hat = ops.dequantize(*levels, group_size)
+    return Result(*levels, weight_error=relative(_energy(w_hat - w), _energy(w)), note=note)
+
+
+@torch.no_grad()
+def calibrate_layer(
+    layer: nn.Linear,
+    normal: Normal,
+    outputs: OutputMoments,
+    group_size: int,
+    symmetric: bool,
+    options: Options,
+    rank: int,
+) -> Result:
+    """Calibrate an nn.Linear; where it has a bias, normal is about the mean.
+
+    ``output_error`` is ``E|y - t|^2 / E|t|^2`` of its outputs y on these inputs: 0 when they are
+    right, 1 when they might as well be 0, infinite when t is 0 and y is not.
+    """
+    home, bias = layer.weight.device, layer.bias
+    w = layer.weight.to(normal.h.device)
+    c = outputs.second(centred=bias is not None)
+    wanted = (c + w.double() * normal.damping).float()
+    start = torch.cholesky_solve(wanted.t(), normal.root.float()).t()
+    bits, scales, biases = solve(
+        start, wanted, normal.damped.float(), group_size, symmetric, options
+    )
+    levels = (pack_bits(bits), scales.to(w.dtype), None if symmetric else biases.to(w.dtype))
+    w_hat = ops.dequantize(*levels, group_size).double()
+    lora_a = lora_b = None
+    if rank:
+        exact = torch.cholesky_solve(wanted.double().t(), normal.root).t()
+        lora_a, lora_b = _low_rank(exact - w_hat, normal.root, rank)
+        lora_a, lora_b = lora_a.to(w.dtype), lora_b.to(w.dtype)
+        w_hat += lora_b.double() @ lora_a.double()
+    offset = outputs.mean() - w_hat @ outputs.inputs.mean()
+    if bias is not None:
+        bias = offset.to(bias.dtype)
+        offset = offset - bias.double()
+    if bias is None:
+        h, c = outputs.inputs.second(centred=True), outputs.second(centred=True)
+    else:
+        h = normal.h
+    # E|w_hat x - t|^2 about the means, row by row: not below 0 but for rounding
+    spread = outputs.variance() + ((w_hat @ h - 2 * c) * w_hat).sum(1)
+    difference = float(spread.clamp(min=0).sum() + offset.square().sum())
+    energy = float(outputs.variance().sum() + outputs.mean().square().sum())
+
+    def back(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(home)
+
+    return Result(
+        *(back(t) for t in levels),
+        weight_error=relative(_energy(w_hat - w), _energy(w)),
+        output_error=relative(difference, energy),
+        bias=back(bias),
+        lora_a=back(lora_a),
+        lora_b=back(lora_b),
+    )
+
+
+def _low_rank(error: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """a ``[r, k]``, b ``[n, r]`` of least ``|(error - b a) root|``, nearly; root is triangular.
+
+    By subspace iteration: ``n k (r + 8)`` multiply-adds 16 times, where an SVD would take longer
+    than the bits. Rows of a are as long as those a ``LoRALinear`` starts with.
+    """
+    rank = min(rank, *error.shape)
+    scaled = error @ root
+    generator = torch.Generator().manual_seed(0)  # any start will do
+    start = torch.randn(len(root), rank + 8, generator=generator, dtype=root.dtype)
+    basis = start.to(root.device)
+    for _ in range(8):
+        basis = torch.linalg.qr(scaled.t() @ (scaled @ basis))[0]
+    _, _, inner = torch.linalg.svd(scaled @ basis, full_matrices=False)
+    v = basis @ inner[:rank].t()  # the leading right singular vectors
+    a = torch.linalg.solve_triangular(root.t(), v, upper=True).t()
+    length = a.norm(dim=1, keepdim=True) * 3**0.5
+    return a / length, scaled @ v * length.t()
+
+
+def relative(difference: float, energy: float) -> float:
+    """A squared error, relative; infinite where there should be nothing and is something."""
+    if energy > 0:
+        return difference / energy
+    return math.inf if difference > 0 else 0.0
+
+
+def _energy(t: Tensor) -> float:
+    return float(t.detach().to(solving_device(t.device)).double().square().sum())

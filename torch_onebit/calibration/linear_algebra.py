@@ -1,0 +1,38 @@
+"""Float64 where it is needed, and factors that always exist."""
+
+import torch
+from torch import Tensor
+
+
+def solving_device(device: torch.device) -> torch.device:
+    """Where sums and solves in float64 run: there, or on the CPU for MPS, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def not_finite(t: Tensor) -> str:
+    """What makes t not finite."""
+    return "NaN" if t.isnan().any() else "Inf"
+
+
+def damping_of(moments: Tensor, damping: float) -> float:
+    """``damping`` times the mean diagonal of moments ``[k, k]``; 1 when all inputs are dead."""
+    level = damping * float(moments.diagonal().mean()) if len(moments) else 0.0
+    return level if level > 0 else 1.0
+
+
+def damped(moments: Tensor, damping: float) -> Tensor:
+    """moments ``[k, k]`` plus their damping on the diagonal; a dead input stays harmless."""
+    result = moments.clone()
+    result.diagonal().add_(damping_of(moments, damping))
+    return result
+
+
+def cholesky(h: Tensor) -> Tensor:
+    """The lower factor of h ``[k, k]``, float64, symmetric and without negative eigenvalues but for
+    rounding; where that leaves it singular, of h plus the least ridge that helps."""
+    ridge = 1e-12 * damping_of(h, 1.0)
+    root, failed = torch.linalg.cholesky_ex(h)
+    while failed:
+        root, failed = torch.linalg.cholesky_ex(h + ridge * torch.eye(len(h)).to(h))
+        ridge *= 10
+    return root
