@@ -68,16 +68,15 @@ class Collector:
             if not sum(counts.values()):
                 continue
             wanted = {name: iter(given[name][batch]) for name in names}
+
+            def add(
+                name: str, x: Tensor, y: Tensor, r: Tensor | None, wanted: Any = wanted
+            ) -> None:
+                sums.add(name, x, next(wanted[name], None), r)
+
+            layers = {name: self.working.get_submodule(name) for name in names}
             with self.replay.through(self._frozen_before(names, batch), batch):
-                watch(
-                    module,
-                    {name: self.working.get_submodule(name) for name in names},
-                    counts,
-                    call,
-                    lambda name, x, y, r, wanted=wanted: sums.add(
-                        name, x, next(wanted[name], None), r
-                    ),
-                )
+                watch(module, layers, counts, call, add)
             sums.check(batch, sum(counts.values()))
         if not sums.in_step:
             return self._of_float_model(group)
@@ -151,9 +150,7 @@ class Collector:
         with self.replay.through(layers, batch):
             return run(block, call)
 
-    def _of_float_model(
-        self, group: list[Job]
-    ) -> tuple[InputMoments, dict[str, OutputMoments], str]:
+    def _of_float_model(self, group: list[Job]) -> Collected:
         names = [job.name for job in group]
         sums = _Sums(group)
         for batch, call in enumerate(self.calls):
@@ -170,7 +167,7 @@ class Collector:
         return (
             sums.inputs,
             sums.outputs,
-            "inputs of the float model: the 1-bit one takes other ways",
+            "inputs of the float model: the 1-bit one goes elsewhere",
         )
 
 

@@ -108,9 +108,7 @@ def install(model: nn.Module, new: Mapping[Job, nn.Module]) -> None:
     Layers whose weight was one are tied. A calibrated bias is written into the bias Parameter of
     the float layer, which the new layer takes over, unless two layers share that.
     """
-    users = Counter(
-        id(job.layer.bias) for job in new if getattr(job.layer, "bias", None) is not None
-    )
+    users = Counter(id(getattr(job.layer, "bias", None)) for job in new)
     first: dict[int, OneBitModule] = {}
     biases: list[tuple[Tensor, Tensor]] = []
     for job, module in new.items():

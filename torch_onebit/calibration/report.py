@@ -45,7 +45,8 @@ class CalibrationReport:
         lines.append(f"{len(self.layers)} layers, {self.seconds:.1f} s")
         lines.append(self.batches)
         if self.chains:
-            lines.append(f"ran one block at a time: {', '.join(self.chains)}")
+            names = [name or "the whole model" for name in self.chains]
+            lines.append(f"ran one block at a time: {', '.join(names)}")
         else:
             lines.append(
                 "ran the whole model for every layer: it has no list of blocks of which each gets "
