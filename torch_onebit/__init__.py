@@ -14,6 +14,7 @@ from torch_onebit.loading import load_checkpoint
 from torch_onebit.methods import METHODS, quantize_weight
 from torch_onebit.model import QuantizeReport, dequantize_, quantize_
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear
+from torch_onebit.onnx_export import onnx_translations
 from torch_onebit.ops import (
     affine_grad,
     dequantize,
@@ -68,6 +69,7 @@ __all__ = [
     "gather_qmm",
     "linear",
     "load_checkpoint",
+    "onnx_translations",
     "prepack",
     "prepack_",
     "prepare_qat_",

@@ -82,3 +82,13 @@ def check_packed(weight: Any, scales: Any, biases: Any, group_size: Any) -> None
         raise ValueError(
             f"biases must have the dtype of scales, {scales.dtype}, got {biases.dtype}"
         )
+
+
+class NotScriptable:
+    """A module whose forward pass is Python: TorchScript would fail on it, many lines in."""
+
+    def __prepare_scriptable__(self) -> None:
+        raise NotImplementedError(
+            f"torch.jit.script must be given modules that it can compile, got {type(self).__name__}"
+            ": use torch.jit.trace or torch.export, which take it"
+        )

@@ -8,12 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from torch_onebit import ops
-from torch_onebit.checks import LEVEL_DTYPES, check_count, check_group_size, check_level_dtype
+from torch_onebit.checks import (
+    LEVEL_DTYPES,
+    NotScriptable,
+    check_count,
+    check_group_size,
+    check_level_dtype,
+)
 from torch_onebit.nn.ties import TENSORS, Tie
 from torch_onebit.packing import WORD_BITS
 
 
-class OneBitModule(nn.Module):
+class OneBitModule(NotScriptable, nn.Module):
     """A matrix ``[rows, columns]`` of one bit per weight, with a scale and a bias per group.
 
     Buffers and parameters have the names MLX gives them: ``weight`` ``[rows, columns // 32]`` int32

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_onebit.checks import check_group_size, check_kind
+from torch_onebit.checks import NotScriptable, check_group_size, check_kind
 from torch_onebit.level_ops import (
     RULES,
     fake_quantize,
@@ -18,7 +18,7 @@ from torch_onebit.qat.function import latent_linear
 QAT_RULES = (*RULES, "learnable")
 
 
-class LatentModule(nn.Module):
+class LatentModule(NotScriptable, nn.Module):
     """What QATLinear and QATEmbedding have in common: latent weights and a rule for their levels.
 
     The latent ``weight`` is the parameter of the float layer itself: optimizers, tied weights and
