@@ -5,10 +5,16 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCES := $(shell find csrc metal -type f) setup.py pyproject.toml
 
-.PHONY: demo test check-mps test-kernels asan ubsan tsan test-arm bench figures build check format clean
+.PHONY: demo test check-mps test-kernels asan ubsan tsan test-arm bench figures docs build check format clean
 
-demo: build
+demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
+
+# Without a network the demo says so and trains a small model instead.
+$(VENV)/.demo: $(VENV)/.built examples/requirements.txt
+	@echo "set-up: what the demo needs beside torch"
+	@$(BIN)/python -m pip install --quiet --requirement examples/requirements.txt && touch $@ \
+	  || echo "not installed"
 
 # Two processes, whose OpenMP threads sleep while they wait for the other.
 test: build test-kernels
@@ -68,16 +74,21 @@ figures: build
 	$(BIN)/python benchmarks/bench_quantizers.py --solver --write
 	$(BIN)/python benchmarks/bench_cpu.py
 
+docs: build
+	$(BIN)/python docs/make_api.py
+
 build: $(VENV)/.built
 
 $(VENV)/.installed: requirements-dev.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
-	touch $@
+	@echo "set-up: a virtual environment with torch and tools in $(VENV), about a minute"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
-	touch $@
+	@echo "set-up: compiling the operators, 2 to 3 minutes on 2 cores"
+	@$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
