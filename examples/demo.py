@@ -127,10 +127,9 @@ def main() -> None:
     if not (ready and importlib.util.find_spec("transformers")):
         missing = "transformers is not installed" if ready else "the packages cannot be had"
         print(f"\n{missing}: this demo trains a small model of its own instead.\n")
-        return subprocess.run(
-            [sys.executable, Path(__file__).with_name("demo_bytes.py"), "--folder", args.folder],
-            check=True,
-        ).check_returncode()
+        other = Path(__file__).with_name("demo_bytes.py")
+        subprocess.run([sys.executable, other, "--folder", args.folder], check=True)
+        return
     run(args.folder, args.packages, phase)
 
 
