@@ -10,7 +10,7 @@ from torch_onebit import averaging, level_composite, vmap
 from torch_onebit.averaging import AveragedModel
 from torch_onebit.calibration.model import calibrate_
 from torch_onebit.calibration.solver import Options as CalibrationOptions
-from torch_onebit.loading import load_checkpoint
+from torch_onebit.loading import load_checkpoint, load_gguf
 from torch_onebit.methods import METHODS, quantize_weight
 from torch_onebit.model import QuantizeReport, dequantize_, quantize_
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear
@@ -27,7 +27,7 @@ from torch_onebit.ops import (
 )
 from torch_onebit.prepack import PrepackReport, prepack_
 from torch_onebit.qat import QATEmbedding, QATLinear, convert_, prepare_qat_
-from torch_onebit.saving import save_checkpoint
+from torch_onebit.saving import export_gguf, save_checkpoint
 from torch_onebit.symmetric import SymmetrizeReport, symmetrize_
 from torch_onebit.training import (
     Distillation,
@@ -66,9 +66,11 @@ __all__ = [
     "dequantize",
     "dequantize_",
     "embedding",
+    "export_gguf",
     "gather_qmm",
     "linear",
     "load_checkpoint",
+    "load_gguf",
     "onnx_translations",
     "prepack",
     "prepack_",

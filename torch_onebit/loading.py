@@ -1,4 +1,4 @@
-"""load_checkpoint: the tensors of a file into a model, packed all the way."""
+"""load_checkpoint, load_gguf: the tensors of a file into a model, packed all the way."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from torch_onebit.checkpoint import CheckpointError, Layer, MLXCheckpoint, Source
+from torch_onebit.checkpoint import CheckpointError, GGUFCheckpoint, Layer, MLXCheckpoint, Source
 from torch_onebit.checks import check_model
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
 from torch_onebit.skeleton import skeleton
@@ -61,6 +61,35 @@ def load_checkpoint(
     return load_source(source, model, dtype=dtype, symmetrize=symmetrize, **options)
 
 
+def load_gguf(
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    symmetrize: bool = False,
+    strict: bool = True,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Load a GGUF file of llama.cpp with Q1_0 tensors into a model, in place.
+
+    A Q1_0 matrix becomes a 1-bit layer of group 128 with ``scales = 2 d`` and ``biases = -d``: no
+    bit is lost. F16, BF16, F32 and Q8_0 tensors become dense ones. Architectures: llama, qwen2,
+    qwen3.
+
+    Args:
+        path: the file.
+        model, symmetrize, strict, dtype, device, progress: as in ``load_checkpoint``; names are
+            those of transformers' models.
+    Raises:
+        CheckpointError: as in ``load_checkpoint``; also a tensor of another type, such as the
+            ternary Q2_0, TQ1_0 and TQ2_0, by name and type.
+    """
+    source = GGUFCheckpoint(path)
+    options = {"other_bits": "error", "strict": strict, "device": device, "progress": progress}
+    return load_source(source, model, dtype=dtype, symmetrize=symmetrize, **options)
+
+
 def load_source(
     source: Source,
     model: nn.Module | None,
@@ -71,6 +100,7 @@ def load_source(
 ) -> nn.Module:
     """What the loaders of all formats do once the file is open."""
     if model is None:
+        _check_depth(source)
         model = skeleton(source.config, dtype or _dtype_of(source)).eval()
     elif dtype is not None:
         raise ValueError(f"dtype must be None where a model is given, got {dtype}")
@@ -276,6 +306,13 @@ def _check_shape(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> None
         )
 
 
+def _check_depth(source: Source) -> None:
+    """A model is built layer by layer: no more of them than the file has tensors."""
+    depth, most = source.config.get("num_hidden_layers"), len(source.names) + len(source.paths)
+    if depth is not None and (type(depth) is not int or not 0 <= depth <= most):
+        raise CheckpointError(f"num_hidden_layers must be at most {most} here, got {depth!r}")
+
+
 def _check_other_bits(other_bits: str) -> None:
     if other_bits not in OTHER_BITS:
         raise ValueError(f"other_bits must be one of {', '.join(OTHER_BITS)}, got {other_bits!r}")
@@ -286,10 +323,11 @@ def _device(tensor: Tensor) -> torch.device:
 
 
 def _dtype_of(source: Source) -> torch.dtype | None:
-    """The dtype of the first dense tensor, where the config does not say."""
+    """Where the config does not say, the dtype of a dense matrix, or else of a vector."""
     if source.config.get("dtype") or source.config.get("torch_dtype"):
         return None
-    floats = (t.dtype for t in map(source.tensor, source.names) if t.is_floating_point())
+    names = sorted(source.names, key=lambda name: len(source.shape(name)), reverse=True)
+    floats = (t.dtype for t in map(source.tensor, names) if t.is_floating_point())
     return next(floats, None)
 
 

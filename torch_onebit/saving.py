@@ -1,4 +1,4 @@
-"""save_checkpoint: a model into a file that others read."""
+"""save_checkpoint, export_gguf: a model into a file that others read."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torch_onebit.checkpoint import CheckpointError, Packed, save_mlx
+from torch_onebit.checkpoint import CheckpointError, Packed, save_gguf, save_mlx
 from torch_onebit.checkpoint.mlx import MAX_SHARD_BYTES
 from torch_onebit.checks import check_count, check_model
 from torch_onebit.nn import OneBitModule
@@ -39,6 +39,34 @@ def save_checkpoint(
         config = config_of(model)
     layers = packed_layers(model)
     save_mlx(path, config, layers, other_tensors(model), max_shard_bytes=max_shard_bytes)
+
+
+def export_gguf(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    config: dict[str, Any] | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> None:
+    """Write a 1-bit model as a GGUF file for llama.cpp, its layers as Q1_0, at once.
+
+    Exact: what Q1_0 cannot hold is an error. It holds groups of 128 of ``±d``, d in float16, which
+    ``quantize_(model.half(), symmetric=True)`` makes. Vectors become float32, as llama.cpp wants
+    them; other dense tensors keep their dtype.
+
+    Args:
+        model: of transformers' names for Llama, Qwen2 or Qwen3.
+        path: the file.
+        config: what config.json says of the model; ``model.config`` without it.
+        metadata: entries of GGUF to add, those of the tokenizer; without it the file says that it
+            has no tokenizer.
+    Raises:
+        CheckpointError: a ValueError; an architecture, a tensor or levels that GGUF does not have.
+    """
+    check_model(model)
+    if config is None:
+        config = config_of(model)
+    save_gguf(path, config, packed_layers(model), other_tensors(model), metadata or {})
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, Packed]]:
