@@ -132,6 +132,17 @@ def levels(scales, biases, group_size=128, dtype=torch.float16):
     return Packed(words, *full, group_size)
 
 
+def test_a_single_block_is_read():
+    """Contiguous as it lies, its words two bytes off."""
+    packed = levels(1.0, -0.5)
+    one = Packed(packed.weight[:, :4] + 7, packed.scales[:, :1], packed.biases[:, :1], 128)
+    again = blocks.unpack_q1_0("up", blocks.pack_q1_0("up", one), 1, 128)
+    assert torch.equal(again.weight, one.weight)
+    data = torch.arange(34, dtype=torch.uint8)
+    data[:2] = torch.ones(1, dtype=torch.float16).view(torch.uint8)
+    assert blocks.decode(8, data, (1, 32)).tolist() == [list(range(2, 34))]
+
+
 NOT_Q1_0 = [
     (levels(1.0, -0.5, group_size=64), "must have groups of 128 for GGUF Q1_0, got 64"),
     (levels(1.0, -0.25), r"must have weights of plus and minus one float16 number .* got 2 groups"),

@@ -22,10 +22,10 @@ def unpack_q1_0(name: str, data: Tensor, rows: int, columns: int) -> Packed:
         CheckpointError: a scale that is not finite, or whose double float16 does not hold.
     """
     blocks = data.view(rows, columns // GROUP, 18)
-    d = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
+    d = _copied(blocks[..., :2], torch.float16).squeeze(-1)
     if not (d.abs() <= LARGEST).all():  # NaN compares false
         raise CheckpointError(f"{name} must have scales of at most {LARGEST:g}, got more or NaN")
-    words = blocks[..., 2:].contiguous().view(torch.int32).flatten(1)
+    words = _copied(blocks[..., 2:], torch.int32).flatten(1)
     return Packed(words, 2 * d, -d, GROUP)
 
 
@@ -55,11 +55,17 @@ def pack_q1_0(name: str, layer: Packed) -> Tensor:
     return torch.cat([d.contiguous().unsqueeze(-1).view(torch.uint8), bits], -1).flatten()
 
 
+def _copied(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """A part of each block as another dtype. Not contiguous(): a part of one block is so already,
+    at an address that the dtype may not have."""
+    return part.clone(memory_format=torch.contiguous_format).view(dtype)
+
+
 def decode(kind: int, data: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A dense tensor: floats as they are, Q8_0 as float32."""
     if kind == Q8_0:
         blocks = data.view(-1, 34)
-        d = blocks[:, :2].contiguous().view(torch.float16).float()
+        d = _copied(blocks[:, :2], torch.float16).float()
         return (blocks[:, 2:].view(torch.int8) * d).view(shape)
     dtype = FLOATS[kind]
     if data.numel() and data.data_ptr() % dtype.itemsize:
