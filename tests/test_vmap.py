@@ -14,6 +14,13 @@ def stack(*sizes):
     return make_weights(B, *sizes, group_size=32)
 
 
+def with_prepacked(x, weights) -> dict:
+    """Where the kernels have such a form."""
+    prepacked = ops.prepack(*weights, 32)
+    qmm = lambda x: ops.qmm_prepacked(x, *weights, prepacked, 32)
+    return {"qmm_prepacked over x": (qmm, (x,), (0,))}
+
+
 # name: (function of one sample, its arguments with the batch in front or not, in_dims)
 def cases() -> dict:
     one, many = make_weights(8, 64, group_size=32), stack(8, 64)
@@ -27,7 +34,6 @@ def cases() -> dict:
     embed = lambda *a: ops.embedding(*a, 32)
     indices = torch.randint(0, 8, (B, 2))
     grads = lambda g, x, p: ops.affine_grad(g, x, p, None, None, 32)
-    prepacked = torch.ops.onebit.prepack(*one, 32)
     w, levels = torch.randn(B, 8, 64), (torch.rand(B, 8, 2) + 0.5, torch.randn(B, 8, 2))
     levels_of = lambda w, importance: ops.quantize_levels(w, "optimal", 32, importance)
     affine = lambda *a: ops.fake_quantize_affine(*a, 32)
@@ -41,11 +47,7 @@ def cases() -> dict:
         "qmm over scales": (qmm, (x[0], one[0], many[1], one[2]), (None, None, 0, None)),
         "qmm over x, stacked weights": (qmm, (x, *few), (0, None, None, None)),
         "qmm vector, stacked weights": (qmm, (x[:, 0], *few), (0, None, None, None)),
-        "qmm_prepacked over x": (
-            lambda x: torch.ops.onebit.qmm_prepacked(x, *one, prepacked, 32),
-            (x,),
-            (0,),
-        ),
+        **(with_prepacked(x, one) if ops.can_prepack() else {}),
         "linear over x and bias": (
             lambda x, bias: torch.ops.onebit.linear(x, *one, bias, None, 32),
             (x, torch.randn(B, one[0].shape[0])),
