@@ -4,6 +4,7 @@
 #include <torch/version.h>
 
 extern "C" {
-__attribute__((visibility("default"), used)) extern const char onebit_built_for[];
-const char onebit_built_for[] = "onebit was built for torch " TORCH_VERSION;
+extern const char onebit_built_for[];
+__attribute__((visibility("default"), used)) const char onebit_built_for[] =
+    "onebit was built for torch " TORCH_VERSION;
 }
