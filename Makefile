@@ -3,9 +3,14 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+PYTHON_HERE := $(abspath $(BIN))/python
+GXX     ?= g++
+CLANGXX ?= clang++-19
+SECONDS ?= 120
 SOURCES := $(shell find csrc metal -type f) setup.py pyproject.toml
 
-.PHONY: demo test check-mps test-kernels asan ubsan tsan test-arm bench figures docs build check format clean
+.PHONY: demo test check-mps test-kernels asan ubsan tsan asan-extension test-arm fuzz soak compilers \
+  dist test-dist bench figures docs build check format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -57,10 +62,56 @@ tsan: $(KERNELS)
 	$(CXX) $(KERNEL_FLAGS) $(TSAN) $(KERNELS) -o build/test_kernels_tsan
 	build/test_kernels_tsan
 
+# The whole extension under AddressSanitizer: random calls and sequences of calls.
+asan-extension: $(VENV)/.installed
+	CFLAGS="$(ASAN)" LDFLAGS="-fsanitize=address" \
+	  $(BIN)/python setup.py --quiet build --build-temp build/asan --build-lib build/asan/lib
+	cd tests && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=$(CURDIR)/build/asan/lib $(PYTHON_HERE) -m fuzz all --seconds $(SECONDS)
+
 test-arm: $(KERNELS)
 	mkdir -p build
 	aarch64-linux-gnu-g++ $(KERNEL_FLAGS) -O2 $(KERNELS) -o build/test_kernels_arm
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/test_kernels_arm
+
+# Random calls and sequences of module calls; and mixed calls from eight threads while memory must
+# stay flat. A failure prints the command that repeats it.
+fuzz: build
+	cd tests && $(PYTHON_HERE) -m fuzz all --seconds $(SECONDS)
+
+soak: build
+	cd tests && $(PYTHON_HERE) soak.py --seconds $(SECONDS)
+
+# Every file of csrc by both compilers of Debian 12 and no warning; the kernels of the second one
+# against each other.
+STRICT := -std=c++20 -fopenmp -Wall -Wextra -Wpedantic -Werror -Icsrc/mps
+TORCH_HEADERS = $(addprefix -isystem , $(shell $(BIN)/python -c \
+  'from torch.utils.cpp_extension import include_paths as p; print(*p())'))
+
+compilers: $(VENV)/.installed
+	for compile in "$(GXX) -O1 -c -o /dev/null" "$(CLANGXX) -fsyntax-only"; do \
+	  find csrc -name '*.cpp' | xargs -t -P 2 -n 1 $$compile $(STRICT) $(TORCH_HEADERS) || exit 1; \
+	done
+	mkdir -p build
+	$(CLANGXX) $(KERNEL_FLAGS) -Wpedantic -Werror -O2 $(KERNELS) -o build/test_kernels_clang
+	build/test_kernels_clang
+
+# An sdist, the wheel that is built from it, and what they hold; then the tests on that wheel in a
+# fresh environment, away from the package's sources. DIST_TESTS=tests runs all of them.
+DIST_TESTS ?= $(addprefix tests/test_, qmm.py quantize.py nn.py model.py packaging.py)
+
+dist: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python setup.py --quiet sdist
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
+	$(BIN)/python tests/check_dist.py dist
+
+test-dist: dist
+	rm -rf build/fresh && mkdir -p build/fresh/clone && $(PYTHON) -m venv build/fresh/venv
+	build/fresh/venv/bin/python -m pip install --quiet --requirement requirements-dev.txt dist/*.whl
+	git ls-files | grep -v '^torch_onebit/\|^setup.py\|test_architecture' | \
+	  xargs cp --parents --target-directory build/fresh/clone
+	cd build/fresh/clone && ../venv/bin/python -m pytest -q -m 'not mps' $(DIST_TESTS)
 
 bench: build
 	$(BIN)/python -m torch_onebit bench
