@@ -33,6 +33,11 @@ class Collector:
     Target of a layer: the output of the float model. Where an output is added to a residual, and
     so comes out of the two models as ``y_0 + r_0`` and ``y + r``, it is ``y_0 + r_0 - r``: the
     layer makes up for the error of the residual too, as far as its input tells it.
+
+    A layer that feeds itself, as in a loop, is given the inputs and outputs of the float model
+    instead. Those of the 1-bit model would be its own doing and change with it: fitted to them, the
+    layers of ALBERT end up further from the float model than without data (5.2 nats, 4.6 without
+    data, 3.6 like this, 1.06 in float32; 12 loops of width 256, group 32).
     """
 
     def __init__(
@@ -54,6 +59,8 @@ class Collector:
             upcoming: those whose turn comes next.
         """
         names = [job.name for job in group]
+        if self.seen.uses[names[0]].loops:
+            return *self._of_float_model(group), "in a loop: inputs of the float model"
         if not all(name in self.given for name in names):
             self._look_ahead(group, upcoming)
         given = {name: self.given.pop(name) for name in names}
@@ -79,7 +86,8 @@ class Collector:
                 watch(module, layers, counts, call, add)
             sums.check(batch, sum(counts.values()))
         if not sums.in_step:
-            return self._of_float_model(group)
+            note = "inputs of the float model: the 1-bit one goes elsewhere"
+            return *self._of_float_model(group), note
         return sums.inputs, sums.outputs, ""
 
     def installed(self, job: Job, new: nn.Module) -> None:
@@ -106,7 +114,7 @@ class Collector:
         for job in following:
             rows, itemsize = self.seen.uses[job.name].rows, job.layer.weight.element_size()
             left -= 2 * rows * job.layer.weight.shape[0] * itemsize
-            if left < 0:
+            if left < 0 or self.seen.uses[job.name].loops:
                 break
             jobs.append(job)
         through = bool(route) and len(jobs) == len(group) + len(following)
@@ -150,7 +158,7 @@ class Collector:
         with self.replay.through(layers, batch):
             return run(block, call)
 
-    def _of_float_model(self, group: list[Job]) -> Collected:
+    def _of_float_model(self, group: list[Job]) -> tuple[InputMoments, dict[str, OutputMoments]]:
         names = [job.name for job in group]
         sums = _Sums(group)
         for batch, call in enumerate(self.calls):
@@ -164,11 +172,7 @@ class Collector:
                     lambda name, x, y, r: sums.add(name, x, _Given(y, None), None),
                 )
                 sums.check(batch, sum(counts.values()))
-        return (
-            sums.inputs,
-            sums.outputs,
-            "inputs of the float model: the 1-bit one goes elsewhere",
-        )
+        return sums.inputs, sums.outputs
 
 
 class _Sums:

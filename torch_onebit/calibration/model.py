@@ -154,7 +154,8 @@ def _quantize(
             rank,
         )
         calls = max(collector.seen.uses[job.name].counts)
-        result.note = note or (f"called {calls} times" if calls > 1 else "")
+        times = [f"called {calls} times"] if calls > 1 else []
+        result.note = ", ".join([*times, *[note] * bool(note)])
         start, seconds = _lap(start)
         result.seconds = seconds + shared / len(group)
         yield job, result

@@ -54,7 +54,7 @@ class InputMoments:
             self.shift = _mean(x)
         x = x - self.shift
         self.count += len(x)
-        self.sum += x.sum(0, dtype=torch.float64)
+        self.sum += x.sum(0)
         for begin in range(0, len(self.shift), COLUMNS):
             part = self.square.recent[begin : begin + COLUMNS, begin:]
             part.addmm_(x[:, begin : begin + COLUMNS].t(), x[:, begin:])
@@ -92,8 +92,8 @@ class OutputMoments:
             self.shift = _mean(t)
         t = t - self.shift
         self.count += len(t)
-        self.sum += t.sum(0, dtype=torch.float64)
-        self.squares += t.square().sum(0, dtype=torch.float64)
+        self.sum += t.sum(0)
+        self.squares += t.square().sum(0)
         self.cross.recent.addmm_(t.t(), x)
         self.cross.counted(len(t))
 
