@@ -2,11 +2,14 @@
 // It takes no decision: what runs and on which grid comes from launch_plan.h.
 #include "encoder.h"
 
+#include <ATen/mps/MPSDevice.h>
 #include <ATen/mps/MPSStream.h>
+#include <ATen/native/mps/MetalShaderLibrary.h>
 #include <Foundation/Foundation.h>
 #include <Metal/Metal.h>
 #include <c10/util/Exception.h>
 
+#include <memory>
 #include <mutex>
 #include <string>
 #include <unordered_map>
@@ -47,6 +50,7 @@ id<MTLLibrary> compile(id<MTLDevice> device) {
 #if __MAC_OS_X_VERSION_MAX_ALLOWED >= 150000  // older SDKs have no mathMode
   if (@available(macOS 15.0, *)) {
     options.mathMode = MTLMathModeSafe;
+    options.mathFloatingPointFunctions = MTLMathFloatingPointFunctionsPrecise;
   } else
 #endif
   {
@@ -65,20 +69,32 @@ id<MTLLibrary> compile(id<MTLDevice> device) {
   return library;
 }
 
-class Pipelines {
+// A compiled kernel. PyTorch's own class binds its arguments: what an MPS storage points to is the
+// MTLBuffer up to torch 2.14 and the buffer's contents after it (pytorch #190373), and only torch
+// knows which.
+struct CompiledKernel {
+  id<MTLComputePipelineState> pipeline;
+  id<MTLFunction> function;
+  at::native::mps::MetalKernelFunction arguments;
+
+  CompiledKernel(id<MTLComputePipelineState> p, id<MTLFunction> f)
+      : pipeline(p), function(f), arguments(p, f) {}
+};
+
+class CompiledKernels {
  public:
-  id<MTLComputePipelineState> find(id<MTLDevice> device, const Launch& launch) {
+  CompiledKernel& find(id<MTLDevice> device, const Launch& launch) {
     std::lock_guard<std::mutex> lock(mutex_);
-    const auto known = pipelines_.find(launch.pipeline.key());
-    if (known != pipelines_.end()) return known->second;
-    if (!library_) library_ = compile(device);
-    id<MTLComputePipelineState> pipeline = create(device, launch);
-    pipelines_[launch.pipeline.key()] = pipeline;
-    return pipeline;
+    auto& kernel = kernels_[launch.pipeline.key()];
+    if (!kernel) {
+      if (!library_) library_ = compile(device);
+      kernel = create(device, launch);
+    }
+    return *kernel;
   }
 
  private:
-  id<MTLComputePipelineState> create(id<MTLDevice> device, const Launch& launch) {
+  std::unique_ptr<CompiledKernel> create(id<MTLDevice> device, const Launch& launch) {
     const Pipeline& p = launch.pipeline;
     const uint32_t levels = static_cast<uint32_t>(p.levels);
     const uint32_t other = static_cast<uint32_t>(p.other);
@@ -113,30 +129,33 @@ class Pipelines {
                 name, " must run in threadgroups of ", launch.threads, ", got at most ",
                 static_cast<size_t>([pipeline maxTotalThreadsPerThreadgroup]), " on ",
                 machine(device));
-    return pipeline;
+    return std::make_unique<CompiledKernel>(pipeline, function);
   }
 
   std::mutex mutex_;
   id<MTLLibrary> library_ = nil;
-  std::unordered_map<uint32_t, id<MTLComputePipelineState>> pipelines_;
+  std::unordered_map<uint32_t, std::unique_ptr<CompiledKernel>> kernels_;
 };
 
 // Never destroyed: at exit the Metal runtime may be gone before static destructors run.
-Pipelines& pipelines() {
-  static auto* const instance = new Pipelines;
+CompiledKernels& compiled_kernels() {
+  static auto* const instance = new CompiledKernels;
   return *instance;
 }
 
-void bind(id<MTLComputeCommandEncoder> encoder, const Work& work) {
+void bind(CompiledKernel& kernel, const Work& work) {
   for (size_t i = 0; i < work.buffers.size(); i++) {
-    const at::Tensor& t = work.buffers[i];
-    if (!t.defined()) continue;
-    // An MPS storage holds the MTLBuffer itself; data_ptr would add the offset to its address.
-    id<MTLBuffer> buffer = (__bridge id<MTLBuffer>)t.storage().data();
-    [encoder setBuffer:buffer offset:t.storage_offset() * t.element_size() atIndex:i];
+    // Metal's API validation wants a buffer for every argument that a kernel declares, read or not
+    // (ggml-org/whisper.cpp #1607): an absent one gets the first, which no kernel writes.
+    const at::Tensor& t = work.buffers[i].defined() ? work.buffers[i] : work.buffers[0];
+    kernel.arguments.setArg(static_cast<unsigned>(i), t);
   }
-  [encoder setBytes:work.params length:work.params_size atIndex:work.buffers.size()];
+  kernel.arguments.setArg(static_cast<unsigned>(work.buffers.size()), work.params,
+                          work.params_size);
 }
+
+// Launches since the last commit. Touched on the stream's serial queue only.
+uint32_t launches = 0;
 
 }  // namespace
 
@@ -145,19 +164,27 @@ void encode(at::ArrayRef<Work> works) {
     at::mps::MPSStream* stream = at::mps::getCurrentMPSStream();
     // Everything that can throw comes before the block: an exception that leaves it ends the
     // process.
-    std::vector<id<MTLComputePipelineState>> states;
+    std::vector<CompiledKernel*> kernels;
     for (const Work& work : works)
-      states.push_back(pipelines().find(stream->device(), work.launch));
-    const auto* const ready = &states;
+      kernels.push_back(&compiled_kernels().find(stream->device(), work.launch));
+    const auto* const ready = &kernels;
     dispatch_sync(stream->queue(), ^{
       id<MTLComputeCommandEncoder> encoder = stream->commandEncoder();
       for (size_t i = 0; i < works.size(); i++) {
         const Launch& launch = works[i].launch;
-        if (i > 0) [encoder memoryBarrierWithScope:MTLBarrierScopeBuffers];
-        [encoder setComputePipelineState:(*ready)[i]];
-        bind(encoder, works[i]);
+        // Before the first too, and after the last: an encoder that runs dispatches concurrently
+        // orders nothing by itself.
+        [encoder memoryBarrierWithScope:MTLBarrierScopeBuffers];
+        (*ready)[i]->arguments.startEncoding();
+        bind(*(*ready)[i], works[i]);
         [encoder dispatchThreadgroups:MTLSizeMake(launch.groups.x, launch.groups.y, launch.groups.z)
                 threadsPerThreadgroup:MTLSizeMake(launch.threads, 1, 1)];
+      }
+      [encoder memoryBarrierWithScope:MTLBarrierScopeBuffers];
+      launches += static_cast<uint32_t>(works.size());
+      if (launches >= kCommitLaunches) {
+        launches = 0;
+        stream->synchronize(at::mps::SyncType::COMMIT);
       }
     });
   }
@@ -165,7 +192,20 @@ void encode(at::ArrayRef<Work> works) {
 
 Gpu current_gpu() {
   @autoreleasepool {
-    return gpu_of(text([at::mps::getCurrentMPSStream()->device() name]).c_str());
+    // Asking for the cores searches the registry of devices: once per device.
+    static std::mutex mutex;
+    static auto* const known = new std::unordered_map<const void*, Gpu>;
+    id<MTLDevice> device = at::mps::getCurrentMPSStream()->device();
+    std::lock_guard<std::mutex> lock(mutex);
+    const auto [entry, added] = known->try_emplace((__bridge const void*)device);
+    if (added) {
+      int family = kFirstFamily;
+      while ([device
+          supportsFamily:static_cast<MTLGPUFamily>(MTLGPUFamilyApple7 + family + 1 - kFirstFamily)])
+        family++;
+      entry->second = {family, at::mps::MPSDevice::getInstance()->getCoreCount()};
+    }
+    return entry->second;
   }
 }
 

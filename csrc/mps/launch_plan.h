@@ -103,29 +103,18 @@ constexpr uint32_t group_shift(int64_t group_size) {
 // The GPU
 // ---------------------------------------------------------------------------------------
 
+// As Metal and PyTorch describe it. Families, not names, tell generations apart: "Apple A18 Pro" is
+// a Mac's GPU too.
 struct Gpu {
-  int generation;  // 1 for the M1; 0 when the name is not known
-  uint32_t cores;  // of the smallest chip of that name
+  int family;  // MTLGPUFamilyApple<n>: 7 M1, 8 M2, 9 M3 and M4, 10 M5
+  uint32_t cores;
 };
+constexpr int kFirstFamily = 7;  // of a Mac
 
-// Metal does not tell the number of cores; the name bounds it from below: M1 7, M1 Pro 14, ...
-constexpr uint32_t kBaseCores = 7, kProCores = 14, kMaxCores = 24, kUltraCores = 48;
-
-// "Apple M3 Max" -> {3, 24}.
-constexpr Gpu gpu_of(const char* name) {
-  Gpu gpu = {0, kBaseCores};
-  for (const char* c = name; *c; c++) {
-    if (c[0] == ' ' && c[1] == 'M' && c[2] >= '0' && c[2] <= '9') {
-      for (const char* digit = c + 2; *digit >= '0' && *digit <= '9'; digit++) {
-        gpu.generation = gpu.generation * 10 + (*digit - '0');
-      }
-    }
-    if (c[0] == ' ' && c[1] == 'P' && c[2] == 'r') gpu.cores = kProCores;
-    if (c[0] == ' ' && c[1] == 'M' && c[2] == 'a') gpu.cores = kMaxCores;
-    if (c[0] == ' ' && c[1] == 'U' && c[2] == 'l') gpu.cores = kUltraCores;
-  }
-  return gpu;
-}
+// Nothing is committed to the GPU until PyTorch synchronises, so it would idle while Python encodes
+// a token (pytorch/executorch #17671: 125 to 85 ms a token with commits in between; MLX commits
+// every 20 to 50 operations) *.
+constexpr uint32_t kCommitLaunches = 32;
 
 // Selection: rows of data, the first that fits. Numbers marked * are reasoned, not measured: no run
 // on Apple hardware has checked them yet.
@@ -133,7 +122,7 @@ constexpr Gpu gpu_of(const char* name) {
 
 struct ProductRule {
   bool transpose;
-  int min_generation;
+  int min_family;
   uint32_t max_m;  // rows of x in one product
   Kernel kernel;
 };
@@ -142,23 +131,23 @@ constexpr uint32_t kAnyM = ~0u;
 
 constexpr ProductRule kProductRules[] = {
     // One row: bound by the memory that holds w, which qmv reads once in full lines.
-    {true, 0, 1, Kernel::kQmv},
+    {true, kFirstFamily, 1, Kernel::kQmv},
     // A weight costs 3 operations to decode and M to multiply; in qmm, whose tile always has 32
     // rows,
     // 32 and its way through threadgroup memory. 8 rows are what the registers hold: the sums of 4
     // outputs and the values of x take 64 of 128 *.
-    {true, 0, kWideMaxM, Kernel::kQmvWide},
+    {true, kFirstFamily, kWideMaxM, Kernel::kQmvWide},
     // Above, a second pass over w would cost more than the idle rows of a tile *.
-    {true, 0, kAnyM, Kernel::kQmm},
-    {false, 0, 1, Kernel::kQvm},
+    {true, kFirstFamily, kAnyM, Kernel::kQmm},
+    {false, kFirstFamily, 1, Kernel::kQvm},
     // 2 to 8 rows of x against w [k, n] come from training steps on tiny batches only: no kernel of
     // their own. w is read once all the same.
-    {false, 0, kAnyM, Kernel::kQmmN},
+    {false, kFirstFamily, kAnyM, Kernel::kQmmN},
 };
 
 constexpr Kernel product_kernel(bool transpose, uint32_t m, const Gpu& gpu) {
   for (const ProductRule& rule : kProductRules) {
-    if (rule.transpose == transpose && gpu.generation >= rule.min_generation && m <= rule.max_m) {
+    if (rule.transpose == transpose && gpu.family >= rule.min_family && m <= rule.max_m) {
       return rule.kernel;
     }
   }
@@ -168,14 +157,14 @@ constexpr Kernel product_kernel(bool transpose, uint32_t m, const Gpu& gpu) {
 // How many threadgroups of 128 or 256 threads keep one core busy *: a core of the M1 and M2 holds
 // 24 simdgroups of kernels this size; M3 and later give registers out dynamically and hold more.
 struct FillRule {
-  int min_generation;
+  int min_family;
   uint32_t groups_per_core;
 };
-constexpr FillRule kFillRules[] = {{3, 8}, {0, 4}};
+constexpr FillRule kFillRules[] = {{9, 8}, {kFirstFamily, 4}};
 
 constexpr uint32_t groups_to_fill(const Gpu& gpu) {
   for (const FillRule& rule : kFillRules) {
-    if (gpu.generation >= rule.min_generation) return rule.groups_per_core * gpu.cores;
+    if (gpu.family >= rule.min_family) return rule.groups_per_core * gpu.cores;
   }
   return gpu.cores;
 }
@@ -333,7 +322,6 @@ constexpr Launch plan_affine_grad(const AffineGradParams& p, ValueType type, boo
 // What the shaders rely on
 // ---------------------------------------------------------------------------------------
 
-static_assert(gpu_of("Apple M3 Max").generation == 3 && gpu_of("Apple M3 Max").cores == kMaxCores);
 static_assert(kSplitAlign % 128 == 0 && kSplitAlign % kTileK == 0, "a split is whole groups");
 static_assert(kTileWideN == kTileThreads, "qmm_n stores one column per thread");
 static_assert(kQvmSimdgroups == 8, "qvm reduces 8 of a lane's sums at a time");

@@ -8,10 +8,10 @@ struct Params {
   uint zero;
 };
 
-#define KERNEL(name)                                                                       \
+#define KERNEL(name, ...)                                                                  \
   [[kernel]] void name(                                                                    \
       const device float* x [[buffer(0)]], device float* y [[buffer(1)]],                  \
-      constant Params& p [[buffer(2)]], const device float* unbound [[buffer(3)]],         \
+      constant Params& p [[buffer(2)]], __VA_ARGS__                                        \
       uint group [[threadgroup_position_in_grid]], uint i [[thread_index_in_threadgroup]], \
       uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]])
 
@@ -89,7 +89,9 @@ KERNEL(write_to_read_only) {
   y[i] = 0;
 }
 KERNEL(struct_longer_than_its_buffer) { y[i] = x[i] + p.zero; }
-KERNEL(buffer_not_bound) { y[i] = unbound[i]; }
+// Read or not: Metal's API validation ends the process for either.
+KERNEL(buffer_not_bound, const device float* unbound [[buffer(3)]],) { y[i] = unbound[i]; }
+KERNEL(unused_buffer_not_bound, const device float* unbound [[buffer(3)]],) { y[i] = x[i]; }
 
 // Contents
 KERNEL(uninitialised_threadgroup_memory) {

@@ -62,11 +62,11 @@ def write_shader_source() -> Path:
     return toolchain.put(folder / "shader_source.h", text)
 
 
-def build() -> Path:
+def build(encoder: Path | None = None) -> Path:
+    """The library; with `encoder` in place of the real encoder.mm, for tests of broken ones."""
     mps = toolchain.ROOT / "csrc" / "mps"
-    sources = sorted(
-        [*mps.glob("*.cpp"), *HOST.glob("*.cpp"), *mps.glob("*.mm"), *HOST.glob("*.mm")]
-    )
+    encoder = encoder or mps / "encoder.mm"
+    sources = sorted([*mps.glob("*.cpp"), *HOST.glob("*.cpp"), encoder, *HOST.glob("*.mm")])
 
     def compile_one(source: Path) -> Path:
         language = "objective-c++" if source.suffix == ".mm" else "c++"
@@ -87,9 +87,9 @@ def build() -> Path:
     return library
 
 
-def load() -> None:
+def load(encoder: Path | None = None) -> None:
     """Registers the MPS kernels and the fake device with this process's torch; once."""
     if not hasattr(torch.ops.onebit_fake, "take_log"):
         shaders = sorted(toolchain.SHADERS.glob("*.metal"))
         os.environ["ONEBIT_EMULATOR"] = str(emulator.build(shaders, [toolchain.SHADERS]))
-        torch.ops.load_library(build())
+        torch.ops.load_library(build(encoder))

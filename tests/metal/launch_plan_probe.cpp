@@ -6,7 +6,7 @@
 using namespace onebit;
 using namespace onebit::mps;
 
-extern "C" __attribute__((visibility("default"))) void plan(const char* gpu_name,
+extern "C" __attribute__((visibility("default"))) void plan(const int* gpu,
                                                             const int64_t* p,
                                                             char* out,
                                                             size_t size) {
@@ -23,7 +23,7 @@ extern "C" __attribute__((visibility("default"))) void plan(const char* gpu_name
                            ValueType::kHalf,
                            ValueType::kFloat,
                            true};
-  const ProductPlan plan = plan_product(product, gpu_of(gpu_name));
+  const ProductPlan plan = plan_product(product, {gpu[0], static_cast<uint32_t>(gpu[1])});
   const Launch& l = plan.product;
   snprintf(out, size, "%s %d %ux%ux%u %u %d %u %u %u", kernel_name(l.pipeline.kernel),
            l.pipeline.rows, l.groups.x, l.groups.y, l.groups.z, l.threads, l.pipeline.partial,
@@ -39,9 +39,4 @@ extern "C" __attribute__((visibility("default"))) void group_plan(const int* p, 
   out[0] = l.groups.x;
   out[1] = l.threads;
   out[2] = l.pipeline.key();
-}
-
-extern "C" __attribute__((visibility("default"))) void gpu(const char* name, int* out) {
-  out[0] = gpu_of(name).generation;
-  out[1] = static_cast<int>(gpu_of(name).cores);
 }

@@ -40,14 +40,14 @@ def test_the_whole_extension_links_against_the_mac_wheel(tmp_path):
 
 MUTANTS = {
     "wrong selector": (
-        "[encoder setBytes:work.params length:",
-        "[encoder setBytes:work.params size:",
-        "setBytes:size:atIndex:",
+        "[encoder memoryBarrierWithScope:MTLBarrierScopeBuffers];\n        (*ready)",
+        "[encoder memoryBarrierWithSize:MTLBarrierScopeBuffers];\n        (*ready)",
+        "memoryBarrierWithSize:",
     ),
     "missing bridge": (
-        "(__bridge id<MTLBuffer>)",
-        "(id<MTLBuffer>)",
-        "requires a bridged cast",
+        "(__bridge const void*)device",
+        "(const void*)device",
+        "requires a bridged cast|ARC unbridged cast",
     ),
     "missing availability guard": (
         "if (@available(macOS 15.0, *)) {",

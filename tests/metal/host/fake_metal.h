@@ -5,12 +5,12 @@
 
 namespace onebit::fake {
 
-// A MTLBuffer: what the storage of an MPS tensor points to.
+// A new MTLBuffer; returns what the storage of an MPS tensor points to, which the others take.
 void* new_buffer(size_t bytes);
-void delete_buffer(void* buffer);
-char* buffer_contents(void* buffer);
+void delete_buffer(void* data);
+char* buffer_contents(void* data);
 // Somebody else than a kernel wrote to it.
-void mark_initialised(void* buffer);
+void mark_initialised(void* data);
 
 // The emulated library of kernels, from ONEBIT_EMULATOR.
 struct EmulatorBuffer {
@@ -39,7 +39,8 @@ struct Emulator {
 };
 const Emulator& emulator();
 
-// What happened since the last call: "kernel groups threads" of every dispatch, one a line; with
+// What happened since the last call: "kernel groups threads" of every dispatch, or "commit", one a
+// line; with
 // ONEBIT_FAKE_TRAFFIC set, " index:bytes" for every buffer that was read.
 const char* take_log();
 

@@ -1,6 +1,9 @@
 // A Metal for Linux: the encoder of the real encoder.mm ends here, and runs the real shaders in the
 // emulator. It holds the caller to Metal's rules: the queue, bound buffers, sizes, alignment.
+#include <ATen/core/TensorBase.h>
+#include <ATen/mps/MPSDevice.h>
 #include <ATen/mps/MPSStream.h>
+#include <ATen/native/mps/MetalShaderLibrary.h>
 #include <Foundation/Foundation.h>
 #include <Metal/Metal.h>
 #include <c10/util/Exception.h>
@@ -9,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <string>
 
 #include "fake_metal.h"
@@ -80,7 +84,31 @@ namespace onebit::fake {
 namespace {
 
 bool on_queue = false;
+bool unordered = false;  // a dispatch was encoded that no barrier follows yet
 std::string dispatch_log, failing_step, dispatch_error;
+
+// ONEBIT_FAKE_GPU="9:40": of the family Apple9, with 40 cores.
+struct FakeGpu {
+  std::string name = "7:7";
+  int family = 7;
+  unsigned cores = 7;
+};
+FakeGpu fake_gpu() {
+  FakeGpu gpu;
+  if (const char* name = getenv("ONEBIT_FAKE_GPU")) gpu.name = name;
+  sscanf(gpu.name.c_str(), "%d:%u", &gpu.family, &gpu.cores);
+  return gpu;
+}
+
+// What a storage points to: the MTLBuffer, as in torch up to 2.14, or its contents, as after it.
+bool storage_holds_contents() {
+  static const bool contents = getenv("ONEBIT_FAKE_STORAGE_HOLDS_CONTENTS") != nullptr;
+  return contents;
+}
+std::map<const void*, void*>& buffers_by_contents() {
+  static auto* const buffers = new std::map<const void*, void*>;
+  return *buffers;
+}
 
 bool fails(const char* step) {
   const bool failing = failing_step == step;
@@ -92,6 +120,15 @@ bool fails(const char* step) {
 void report(const std::string& message) {
   if (dispatch_error.empty()) dispatch_error = message;
 }
+
+// An encoder may run dispatches concurrently: nothing but a barrier orders what another operation
+// encodes after the block.
+void check_ordered() {
+  if (unordered) report("a memory barrier must follow the last dispatch");
+  unordered = false;
+}
+
+void log_step(const std::string& step) { dispatch_log += step + "\n"; }
 
 }  // namespace
 
@@ -136,6 +173,7 @@ extern "C" void dispatch_sync(dispatch_queue_t queue, dispatch_block_t block) {
     abort();
   }
   on_queue = false;
+  check_ordered();
   const std::string error = std::move(dispatch_error);
   dispatch_error.clear();
   TORCH_CHECK(error.empty(), error);
@@ -162,19 +200,30 @@ extern "C" void dispatch_sync(dispatch_queue_t queue, dispatch_block_t block) {
 
 namespace onebit::fake {
 
+void* buffer_of(const void* data) {
+  return storage_holds_contents() ? buffers_by_contents().at(data) : const_cast<void*>(data);
+}
+
 void* new_buffer(size_t bytes) {
   FakeBuffer* buffer = [FakeBuffer new];
   buffer->contents_ = static_cast<char*>(malloc(bytes));
   memset(buffer->contents_, 0xFF, bytes);
   buffer->length_ = bytes;
-  return buffer;
+  if (!storage_holds_contents()) return buffer;
+  buffers_by_contents()[buffer->contents_] = buffer;
+  return buffer->contents_;
 }
-void delete_buffer(void* buffer) {
-  free(static_cast<FakeBuffer*>(buffer)->contents_);
+void delete_buffer(void* data) {
+  FakeBuffer* buffer = static_cast<FakeBuffer*>(buffer_of(data));
+  buffers_by_contents().erase(data);
+  free(buffer->contents_);
   free(buffer);
 }
-char* buffer_contents(void* buffer) { return static_cast<FakeBuffer*>(buffer)->contents_; }
-void mark_initialised(void* buffer) { static_cast<FakeBuffer*>(buffer)->initialised_ = true; }
+char* buffer_contents(void* data) { return static_cast<FakeBuffer*>(buffer_of(data))->contents_; }
+void mark_initialised(void* data) {
+  unordered = true;  // PyTorch's operation, on an encoder that may run dispatches concurrently
+  static_cast<FakeBuffer*>(buffer_of(data))->initialised_ = true;
+}
 
 }  // namespace onebit::fake
 
@@ -190,6 +239,12 @@ void mark_initialised(void* buffer) { static_cast<FakeBuffer*>(buffer)->initiali
 }
 - (void)setMathMode:(MTLMathMode)mode {
   math_mode_ = mode;
+}
+- (MTLMathFloatingPointFunctions)mathFloatingPointFunctions {
+  return math_functions_;
+}
+- (void)setMathFloatingPointFunctions:(MTLMathFloatingPointFunctions)functions {
+  math_functions_ = functions;
 }
 - (MTLLanguageVersion)languageVersion {
   return language_version_;
@@ -265,8 +320,10 @@ void mark_initialised(void* buffer) { static_cast<FakeBuffer*>(buffer)->initiali
 @end
 @implementation FakeDevice
 - (NSString*)name {
-  const char* name = getenv("ONEBIT_FAKE_GPU");
-  return [NSString stringWithUTF8String:name ? name : "Apple M1"];
+  return [NSString stringWithUTF8String:"Apple M1"];
+}
+- (BOOL)supportsFamily:(MTLGPUFamily)family {
+  return family <= 1000 + fake_gpu().family;
 }
 - (id<MTLLibrary>)newLibraryWithSource:(NSString*)source
                                options:(MTLCompileOptions*)options
@@ -274,6 +331,8 @@ void mark_initialised(void* buffer) { static_cast<FakeBuffer*>(buffer)->initiali
   *error = [NSError new];
   TORCH_CHECK(options && [options languageVersion] == MTLLanguageVersion3_1, "bfloat needs 3.1");
   TORCH_CHECK([options mathMode] == MTLMathModeSafe, "quantize needs safe math");
+  TORCH_CHECK([options mathFloatingPointFunctions] == MTLMathFloatingPointFunctionsPrecise,
+              "what is the CPU's bit for bit needs precise functions");
   for (const char* c = [source UTF8String]; *c; c++) {
     TORCH_CHECK((*c >= 32 && *c < 127) || *c == '\n', "the shader source must be ASCII");
   }
@@ -298,14 +357,13 @@ void mark_initialised(void* buffer) { static_cast<FakeBuffer*>(buffer)->initiali
   size_t offsets_[31];
   char bytes_[31][4096];
   size_t lengths_[31];
-  bool after_dispatch_;
 }
 @end
 @implementation FakeEncoder
 - (void)endEncoding {
 }
 - (void)memoryBarrierWithScope:(MTLBarrierScope)scope {
-  after_dispatch_ = false;
+  unordered = false;
 }
 - (void)setComputePipelineState:(id<MTLComputePipelineState>)state {
   if (!on_queue || !state) report("a pipeline must be set on the stream's queue");
@@ -332,8 +390,8 @@ void mark_initialised(void* buffer) { static_cast<FakeBuffer*>(buffer)->initiali
 }
 - (void)dispatchThreadgroups:(MTLSize)groups threadsPerThreadgroup:(MTLSize)threads {
   if (!on_queue || !pipeline_) report("a dispatch needs a pipeline and the stream's queue");
-  if (after_dispatch_) report("dependent dispatches need a memory barrier between them");
-  after_dispatch_ = true;
+  if (unordered) report("dependent dispatches need a memory barrier between them");
+  unordered = true;
   const std::string kernel = [pipeline_->function_->name_ UTF8String];
   const MTLFunctionConstantValues* constants = pipeline_->function_->constants_;
   for (int i = 0; i < 8; i++) {
@@ -388,7 +446,7 @@ void mark_initialised(void* buffer) { static_cast<FakeBuffer*>(buffer)->initiali
 }
 @end
 
-// PyTorch's stream
+// PyTorch
 // ---------------------------------------------------------------------------------------
 
 namespace at::mps {
@@ -399,13 +457,20 @@ MPSStream::~MPSStream() = default;
 MTLComputeCommandEncoder_t MPSStream::commandEncoder() {
   static FakeEncoder* encoder = [FakeEncoder new];
   if (!on_queue) report("commandEncoder() must be called on the stream's queue");
-  encoder->after_dispatch_ = false;  // PyTorch orders separate operations
   return encoder;
 }
 
 MTLDevice_t MPSStream::device() const {
-  static FakeDevice* device = [FakeDevice new];
+  static std::map<std::string, FakeDevice*> devices;
+  FakeDevice*& device = devices[fake_gpu().name];
+  if (!device) device = [FakeDevice new];
   return device;
+}
+
+void MPSStream::synchronize(SyncType type) {
+  if (!on_queue) report("synchronize() must be called on the stream's queue");
+  if (type != SyncType::COMMIT) report("a commit must not wait for the GPU");
+  log_step("commit");
 }
 
 MPSStream* getCurrentMPSStream() {
@@ -414,4 +479,35 @@ MPSStream* getCurrentMPSStream() {
   return stream;
 }
 
+MPSDevice::MPSDevice() : _mtl_device(nil) {}
+MPSDevice::~MPSDevice() = default;
+MPSDevice* MPSDevice::getInstance() {
+  static auto* const device = new MPSDevice;
+  return device;
+}
+unsigned MPSDevice::getCoreCount() const { return fake_gpu().cores; }
+
 }  // namespace at::mps
+
+namespace at::native::mps {
+
+MetalKernelFunction::MetalKernelFunction(MTLComputePipelineState_t p, MTLFunction_t f)
+    : cps(p), func(f) {}
+MetalKernelFunction::~MetalKernelFunction() = default;
+
+void MetalKernelFunction::startEncoding() {
+  encoder = at::mps::getCurrentMPSStream()->commandEncoder();
+  [encoder setComputePipelineState:cps];
+}
+
+void MetalKernelFunction::setArg(unsigned index, const at::TensorBase& t) {
+  [encoder setBuffer:static_cast<FakeBuffer*>(buffer_of(t.storage().data()))
+              offset:t.storage_offset() * t.itemsize()
+             atIndex:index];
+}
+
+void MetalKernelFunction::setArg(unsigned index, const void* bytes, uint64_t size) {
+  [encoder setBytes:bytes length:size atIndex:index];
+}
+
+}  // namespace at::native::mps

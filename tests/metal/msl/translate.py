@@ -308,9 +308,11 @@ def entries(unit: Translator) -> str:
         ]
         arguments = ", ".join([f"&{expression}", *sources])
         lines.append(f"static void emu_entry_{number}() {{ emu::call({arguments}); }}")
-        table.append(f'{{"{host_name}", emu_entry_{number}}}')
+        declared = [p.index for p in unit.kernels[base].parameters if p.attribute == "buffer"]
+        mask = sum(1 << int(index) for index in declared)
+        table.append(f'{{"{host_name}", emu_entry_{number}, {mask}u}}')
     constants = [f"{{{index}, &{name}, sizeof({name})}}" for name, index in unit.function_constants]
-    lines.append(_table("KernelEntry emu_kernels", [*table, "{nullptr, nullptr}"]))
+    lines.append(_table("KernelEntry emu_kernels", [*table, "{nullptr, nullptr, 0}"]))
     lines.append(
         _table("FunctionConstant emu_function_constants", [*constants, "{-1, nullptr, 0}"])
     )

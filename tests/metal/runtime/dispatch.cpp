@@ -91,6 +91,14 @@ const emu::KernelEntry* find_kernel(const char* name) {
   return nullptr;
 }
 
+// Metal's API validation ends the process for a declared argument without a buffer, read or not.
+int missing_buffer(const emu::KernelEntry& kernel, const EmuDispatch& d) {
+  for (int i = 0; i < 31; i++) {
+    if (kernel.buffers >> i & 1 && !d.buffers[i].host) return i;
+  }
+  return -1;
+}
+
 void bind_buffers(const EmuDispatch& d) {
   for (int i = 0; i < 31; i++) {
     const EmuBuffer& b = d.buffers[i];
@@ -141,6 +149,10 @@ EMU_EXPORT int emu_run(EmuDispatch* d, char* message, uint64_t message_size) {
   if (!kernel || threads == 0 || threads > 1024) {
     snprintf(message, message_size, "%s: %s", d->kernel,
              kernel ? "a threadgroup must have 1 to 1024 threads" : "no such kernel");
+    return 1;
+  }
+  if (const int missing = missing_buffer(*kernel, *d); missing >= 0) {
+    snprintf(message, message_size, "%s: missing buffer binding at index %d", d->kernel, missing);
     return 1;
   }
   emu::memory_reset(d->count_traffic);

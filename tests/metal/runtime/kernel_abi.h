@@ -53,6 +53,7 @@ using Entry = void (*)();
 struct KernelEntry {
   const char* name;
   Entry run;
+  uint32_t buffers;  // bit i: the kernel declares [[buffer(i)]]
 };
 struct FunctionConstant {
   int index;

@@ -13,6 +13,11 @@ static inline MTLSize MTLSizeMake(NSUInteger width, NSUInteger height, NSUIntege
 typedef NS_OPTIONS(NSUInteger, MTLBarrierScope) { MTLBarrierScopeBuffers = 1 };
 typedef NS_ENUM(NSUInteger, MTLLanguageVersion) { MTLLanguageVersion3_1 = (3 << 16) + 1 };
 typedef NS_ENUM(NSInteger, MTLMathMode) { MTLMathModeSafe = 0, MTLMathModeFast = 2 };
+typedef NS_ENUM(NSInteger, MTLMathFloatingPointFunctions) {
+  MTLMathFloatingPointFunctionsFast = 0,
+  MTLMathFloatingPointFunctionsPrecise = 1
+};
+typedef NS_ENUM(NSInteger, MTLGPUFamily) { MTLGPUFamilyApple7 = 1007 };
 typedef NS_ENUM(NSUInteger, MTLDataType) { MTLDataTypeUInt = 33, MTLDataTypeBool = 53 };
 typedef NSUInteger MTLResourceOptions;
 typedef NSUInteger MTLStorageMode;
@@ -25,12 +30,15 @@ typedef NSUInteger MTLStorageMode;
 {
  @public
   MTLMathMode math_mode_;
+  MTLMathFloatingPointFunctions math_functions_;
   MTLLanguageVersion language_version_;
 }
 #endif
 @property(readwrite, nonatomic)
     BOOL fastMathEnabled API_DEPRECATED("Use mathMode instead", macos(10.11, 15.0));
 @property(readwrite, nonatomic) MTLMathMode mathMode API_AVAILABLE(macos(15.0));
+@property(readwrite, nonatomic)
+    MTLMathFloatingPointFunctions mathFloatingPointFunctions API_AVAILABLE(macos(15.0));
 @property(readwrite, nonatomic) MTLLanguageVersion languageVersion;
 @end
 
@@ -67,6 +75,7 @@ typedef NSUInteger MTLStorageMode;
 
 @protocol MTLDevice <NSObject>
 @property(readonly) NSString* name;
+- (BOOL)supportsFamily:(MTLGPUFamily)family;
 - (id<MTLLibrary>)newLibraryWithSource:(NSString*)source
                                options:(MTLCompileOptions*)options
                                  error:(NSError* __autoreleasing*)error;
