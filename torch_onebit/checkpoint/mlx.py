@@ -64,8 +64,8 @@ class MLXCheckpoint:
                 f"row, for {groups[0]} groups of {layer.group_size} weights of {layer.bits} bits, "
                 f"got {words[1]}"
             )
-        if self._dtype(f"{path}.weight") != "U32":
-            raise CheckpointError(f"{path}.weight must be U32, got {self._dtype(f'{path}.weight')}")
+        if self.dtype(f"{path}.weight") != "U32":
+            raise CheckpointError(f"{path}.weight must be U32, got {self.dtype(f'{path}.weight')}")
         if layer.mode == "affine":
             self._check_levels(path)
         return layer
@@ -82,7 +82,7 @@ class MLXCheckpoint:
             options = {**options, "mode": "affine", **own}
         elif columns and columns % groups == 0 and words * WORD_BITS % columns == 0:
             inferred = {"bits": words * WORD_BITS // columns, "group_size": columns // groups}
-            if self._dtype(f"{path}.scales") in LEVELS:  # other modes have scales of a byte
+            if self.dtype(f"{path}.scales") in LEVELS:  # other modes have scales of a byte
                 options = {**inferred, "mode": "affine"}
         for name, most in (("bits", 32), ("group_size", 1 << 20)):
             value = options[name]
@@ -97,11 +97,11 @@ class MLXCheckpoint:
         scales, biases = f"{path}.scales", f"{path}.biases"
         if biases not in self._files:
             raise CheckpointError(f"{scales} must have {biases} beside it, got none")
-        if self._dtype(scales) not in LEVELS:
-            raise CheckpointError(f"{scales} must be one of {LEVELS}, got {self._dtype(scales)}")
-        if self._dtype(scales) != self._dtype(biases):
+        if self.dtype(scales) not in LEVELS:
+            raise CheckpointError(f"{scales} must be one of {LEVELS}, got {self.dtype(scales)}")
+        if self.dtype(scales) != self.dtype(biases):
             raise CheckpointError(
-                f"{biases} must be {self._dtype(scales)}, got {self._dtype(biases)}"
+                f"{biases} must be {self.dtype(scales)}, got {self.dtype(biases)}"
             )
         if self.shape(scales) != self.shape(biases):
             raise CheckpointError(
@@ -132,7 +132,7 @@ class MLXCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
 
-    def _dtype(self, name: str) -> str:
+    def dtype(self, name: str) -> str:
         return self._files[name].get_slice(name).get_dtype()
 
     def tensor(self, name: str) -> Tensor:
@@ -191,7 +191,7 @@ def save_mlx(
         sizes += size
     if not group_sizes:
         raise CheckpointError("model must have 1-bit layers, got none")
-    config = {**config, **_description(group_sizes)}
+    config = {**config, **description(group_sizes)}
     count = len(shards)
     files = [
         "model.safetensors" if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
@@ -216,7 +216,7 @@ def _of_checkpoint(name: str) -> bool:
     return model or name in (INDEX, "config.json")
 
 
-def _description(group_sizes: dict[str, int]) -> dict[str, Any]:
+def description(group_sizes: dict[str, int]) -> dict[str, Any]:
     """The quantization blocks of config.json: the commonest group size, and layers of another."""
     common = Counter(group_sizes.values()).most_common(1)[0][0]
     block: dict[str, Any] = {"group_size": common, "bits": 1, "mode": "affine"}

@@ -1,0 +1,306 @@
+"""OneBitQuantizer: what transformers calls while it loads, trains and saves a 1-bit model."""
+
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightRenaming, rename_source_key
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from torch_onebit.checkpoint import CheckpointError, MLXCheckpoint
+from torch_onebit.checkpoint.mlx import description
+from torch_onebit.checks import LEVEL_DTYPES, check_model
+from torch_onebit.methods import quantize_weight
+from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
+from torch_onebit.saving import packed_layers
+from torch_onebit.symmetric import symmetrize_
+from torch_onebit.transformers.config import OneBitConfig
+
+ENTRIES = ("weight", "scales", "biases")
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+class OneBitQuantizer(HfQuantizer):
+    """Swaps layers before the weights are loaded; packs and views them as they come."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: OneBitConfig, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self._ties: dict[str, str] = {}  # paths of layers: the tied one, the one that has weights
+        self._model: weakref.ref[nn.Module] | None = None
+
+    # --- before loading ---
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **options: Any
+    ) -> nn.Module:
+        if self.pre_quantized:
+            wanted = dict(_stored_layers(model, checkpoint_files))
+        else:
+            wanted = {path: self._options(layer) for path, layer in self._chosen(model)}
+        tied = {
+            target.removesuffix(".weight"): source.removesuffix(".weight")
+            for target, source in model.all_tied_weights_keys.items()
+        }
+        self._ties = {target: source for target, source in tied.items() if source in wanted}
+        for target, source in tied.items():
+            if source in wanted:
+                wanted[target] = wanted[source]
+            else:  # what shares a float weight stays float
+                wanted.pop(target, None)
+        for path, layer_options in wanted.items():
+            model.set_submodule(path, _empty(path, model.get_submodule(path), layer_options))
+        _declare_ties(model, self._ties)
+        return model
+
+    def _chosen(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """Layers to quantize on load."""
+        left = self.get_modules_to_not_convert(
+            model,
+            self.quantization_config.modules_to_not_convert,
+            model._keep_in_fp32_modules,
+        )
+        for path, layer in list(model.named_modules()):
+            if _fits(layer, self.quantization_config.group_size):
+                if should_convert_module(path, left):
+                    yield path, layer
+
+    def _options(self, layer: nn.Module) -> dict[str, Any]:
+        config = self.quantization_config
+        return {
+            "group_size": config.group_size,
+            "symmetric": config.symmetric,
+            "dtype": layer.weight.dtype,
+        }
+
+    # --- while loading ---
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **options: Any) -> bool:
+        path, _, entry = param_name.rpartition(".")
+        packed = entry == "weight" and isinstance(model.get_submodule(path), OneBitModule)
+        return packed and not self.pre_quantized
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self.quantization_config)
+
+    def get_new_dtype(
+        self, converter: Any, param: Any, dtype: torch.dtype | None
+    ) -> torch.dtype | None:
+        """Levels keep the dtype of the file."""
+        if converter.target_patterns[0].rpartition(".")[2] in ("scales", "biases"):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    # --- after loading ---
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **options: Any) -> nn.Module:
+        for layer in model.modules():
+            if isinstance(layer, OneBitModule):
+                layer.weight = layer.weight.view(torch.int32)
+                layer.scales.requires_grad_(False)
+                if layer.biases is not None:
+                    layer.biases.requires_grad_(False)
+        for target, source in self._ties.items():
+            tie(model.get_submodule(source), model.get_submodule(target))
+        if self.pre_quantized and self.quantization_config.symmetric:
+            symmetrize_(model)
+        self.pre_quantized = True  # what is saved from now on
+        self._model = weakref.ref(model)
+        return model
+
+    # --- saving and training ---
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
+        """As mlx-lm reads it: words as uint32, biases in symmetric layers too, tied layers once."""
+        state = dict(model.state_dict())
+        layers = dict(packed_layers(model))
+        for path, layer in model.named_modules(remove_duplicate=False):
+            if isinstance(layer, OneBitModule):
+                for entry in ENTRIES:
+                    state.pop(f"{path}.{entry}", None)
+        for path, packed in layers.items():
+            scales, biases = packed.scales, packed.biases
+            state[f"{path}.weight"] = packed.weight.view(torch.uint32)
+            state[f"{path}.scales"] = scales
+            state[f"{path}.biases"] = -scales / 2 if biases is None else biases
+        self._describe(model)
+        return state, {}
+
+    def _describe(self, model: nn.Module) -> None:
+        layers = {path: packed.group_size for path, packed in packed_layers(model)}
+        modules = [m for m in model.modules() if isinstance(m, OneBitModule)]
+        block = description(layers)["quantization"]
+        self.quantization_config.group_size = block["group_size"]
+        self.quantization_config.symmetric = all(m.symmetric for m in modules)
+        model.config.quantization_config = self.quantization_config
+        model.config.quantization = block  # where mlx-lm looks first
+        rope = getattr(model.config, "rope_parameters", None)
+        if isinstance(rope, dict) and "rope_theta" in rope:
+            model.config.rope_theta = rope["rope_theta"]  # and where most of its models look
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether ``Trainer`` may train the model without adapters: something of it does train."""
+        model = self._model and self._model()
+        return model is not None and any(p.requires_grad for p in model.parameters())
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class _Quantize(ConversionOps):
+    """A float weight, as it comes from the file, to packed words and levels."""
+
+    def __init__(self, config: OneBitConfig) -> None:
+        self._config = config
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **options: Any) -> dict[str, Tensor]:
+        name, value = next(iter(input_dict.items()))
+        weight = value[0] if isinstance(value, list) else value
+        config = self._config
+        tensors = quantize_weight(
+            weight, config.method, config.group_size, symmetric=config.symmetric
+        )
+        path = name.removesuffix("weight")
+        named = zip(ENTRIES, tensors, strict=True)
+        return {path + entry: tensor for entry, tensor in named if tensor is not None}
+
+
+def attach_quantizer_(model: nn.Module) -> nn.Module:
+    """Let ``save_pretrained`` and ``Trainer`` take a model of transformers that ``quantize_``,
+    ``calibrate_``, ``convert_`` or ``load_gguf`` made 1-bit, in place.
+
+    Returns:
+        model.
+    Raises:
+        ValueError: a model that is not of transformers, or has no 1-bit layers.
+    """
+    check_model(model)
+    if not hasattr(model, "all_tied_weights_keys"):
+        raise ValueError(f"model must be of transformers, got {type(model).__name__}")
+    if not any(isinstance(m, OneBitModule) for m in model.modules()):
+        raise CheckpointError("model must have 1-bit layers, got none")
+    quantizer = OneBitQuantizer(OneBitConfig(), pre_quantized=True)
+    quantizer._ties = {
+        target.removesuffix(".weight"): source.removesuffix(".weight")
+        for target, source in model.all_tied_weights_keys.items()
+        if isinstance(model.get_submodule(source.rpartition(".")[0]), OneBitModule)
+    }
+    _declare_ties(model, quantizer._ties)
+    quantizer._model = weakref.ref(model)
+    quantizer._describe(model)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = "onebit"
+    model.config._is_quantized = True
+    return model
+
+
+def _stored_layers(
+    model: nn.Module, checkpoint_files: list[str] | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Layers that the checkpoint has packed, and how."""
+    if not checkpoint_files:
+        raise CheckpointError("a 1-bit model must be loaded from files of safetensors, got none")
+    source = MLXCheckpoint(Path(checkpoint_files[0]).parent)
+    modules = dict(model.named_modules())
+    rename = _renaming(model)
+    for path in source.paths:
+        name = rename(path)
+        if name not in modules:
+            continue  # transformers reports what the model lacks
+        module = modules[name]
+        if type(module) not in (nn.Linear, nn.Embedding):
+            raise CheckpointError(
+                f"{name} must be an nn.Linear or nn.Embedding (no subclass) to hold 1-bit weights, "
+                f"got {type(module).__name__}"
+            )
+        layer = source.layer(path, module.weight.shape[1])
+        if not layer.one_bit:
+            raise CheckpointError(
+                f"layers must be of 1 bit, got {name}: {layer}; "
+                "torch_onebit.load_checkpoint(path, other_bits='dequantize') makes them dense"
+            )
+        if (layer.rows, layer.columns) != tuple(module.weight.shape):
+            raise CheckpointError(
+                f"{name} must have shape {list(module.weight.shape)} as in the model, "
+                f"got {[layer.rows, layer.columns]}"
+            )
+        dtype = DTYPES[source.dtype(f"{path}.scales")]
+        yield name, {"group_size": layer.group_size, "dtype": dtype}
+
+
+def _renaming(model: nn.Module) -> Callable[[str], str]:
+    """What the model calls a layer of a file: transformers keeps old names in files, and the file
+    may be of a model with a head, or without."""
+    state = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+
+    def rename(path: str) -> str:
+        for some in (renamings, []):
+            key, _ = rename_source_key(
+                f"{path}.weight", some, [], model.base_model_prefix, meta_state_dict=state
+            )
+            if key in state:
+                break
+        return key.removesuffix(".weight")
+
+    return rename
+
+
+def _fits(layer: nn.Module, group_size: int) -> bool:
+    return (
+        type(layer) in (nn.Linear, nn.Embedding)
+        and layer.weight.shape[1] % group_size == 0
+        and layer.weight.dtype in LEVEL_DTYPES
+        and getattr(layer, "max_norm", None) is None
+    )
+
+
+def _empty(path: str, layer: nn.Module, options: dict[str, Any]) -> OneBitModule:
+    """The 1-bit layer in the place of a float one, without weights."""
+    new: OneBitModule
+    if isinstance(layer, nn.Embedding):
+        sizes = (layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
+        new = OneBitEmbedding(*sizes, device="meta", **options)
+    elif isinstance(layer, nn.Linear):
+        sizes = (layer.in_features, layer.out_features, False)
+        new = OneBitLinear(*sizes, device="meta", **options)
+        new.bias = layer.bias
+    else:
+        raise CheckpointError(f"{path} must be an nn.Linear or nn.Embedding, got {type(layer)}")
+    return new.train(layer.training)
+
+
+def _declare_ties(model: nn.Module, ties: dict[str, str]) -> None:
+    """Tell a model of transformers that its tied layers share three tensors, which are not in the
+    file and which ``tie`` shares: its own way is to set Parameters named ``weight``."""
+    others = dict(model._tied_weights_keys or {})
+    for target in ties:
+        model.all_tied_weights_keys.pop(f"{target}.weight", None)
+        others.pop(f"{target}.weight", None)
+    if ties:
+        patterns = {rf"^{re.escape(target)}\.(weight|scales|biases)$" for target in ties}
+        ignored = set(model._keys_to_ignore_on_load_missing or ())
+        model._keys_to_ignore_on_load_missing = ignored | patterns
+        model._tied_weights_keys = others | {
+            f"{target}.{entry}": f"{source}.{entry}"
+            for target, source in ties.items()
+            for entry in ENTRIES
+        }
