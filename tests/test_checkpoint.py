@@ -365,7 +365,7 @@ def test_strict_false_leaves_what_does_not_match(tmp_path):
 
 BAD_CALLS = [
     (lambda p: load_checkpoint(p, Net(), other_bits="no"), ValueError, "other_bits must be one of"),
-    (lambda p: load_checkpoint(p, "model"), ValueError, "model must be an nn.Module"),
+    (lambda p: load_checkpoint(p, "model"), TypeError, "model must be an nn.Module"),
     (lambda p: load_checkpoint(p, Net(), dtype=torch.half), ValueError, "dtype must be None"),
     (lambda p: load_checkpoint(p / "none", Net()), CheckpointError, "path must be a folder"),
     (
