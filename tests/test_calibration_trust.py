@@ -4,15 +4,19 @@ errors half way. A model is changed as a whole or not at all."""
 import copy
 import re
 from collections import UserDict
+from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from torch_onebit import CalibrationOptions, LoRALinear, OneBitLinear, calibrate_, quantize_
 from torch_onebit.calibration.batches import as_calls
 from torch_onebit.calibration.checkpoint import contents
+from torch_onebit.calibration.model import _Bar
 
 FEW = {"group_size": 32, "progress": False, "options": CalibrationOptions(rounds=2)}
 
@@ -427,3 +431,18 @@ def test_low_rank_products_stand_beside_layers_called_twice():
     model = Siamese()
     calibrate_(model, [torch.randn(16, 32)], lora_rank=2, **FEW)
     assert isinstance(model.encoder[0], LoRALinear)
+
+
+def test_the_time_left_counts_layers_by_what_they_cost(monkeypatch):
+    shown = {"disable": False, "file": StringIO()}  # not a terminal
+    monkeypatch.setattr(
+        "torch_onebit.calibration.model.tqdm", lambda **given: tqdm(**{**given, **shown})
+    )
+    bar = _Bar({"loaded": 50.0, "small": 1.0, "large": 9.0}, shown=True)
+    jobs = {name: SimpleNamespace(name=name) for name in bar.costs}
+    bar.finish(jobs["loaded"], fresh=False)  # from a checkpoint: no time, and none left for it
+    bar.finish(jobs["small"], fresh=True)
+    state = {**bar.bar.format_dict, "elapsed": 60.0}
+    assert "10%" in tqdm.format_meter(**state)
+    assert "01:00 < 09:00" in tqdm.format_meter(**state)  # a tenth took a minute
+    bar.close()

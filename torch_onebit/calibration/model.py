@@ -220,7 +220,7 @@ def _cost(job: Job, seen: Survey, options: Options) -> float:
         return 50.0 * n * k
     rows, groups = seen.uses[job.name].rows, k / job.group_size
     passes = 3 * rows * n * k + rows * k * (k / 2 + n)
-    solver = options.rounds * n * (k * k * (1.5 + options.sweeps) + 3 * (2 * groups) ** 3)
+    solver = options.rounds * n * (k * k * (0.5 + options.sweeps) + 3 * (2 * groups) ** 3)
     return passes + solver + k**3
 
 

@@ -8,7 +8,7 @@ turns:
     descend  the levels given, flip every bit whose flip lowers the loss, column by column
 
 Both steps only lower the loss. Rows are independent: they are worked on in chunks of bounded
-memory. For n x k weights a round costs about ``n k^2`` multiply-adds for the refit, ``n (2 k /
+memory. For n x k weights a round costs about ``n k^2 / 2`` multiply-adds for the refit, ``n (2 k /
 group_size)^3`` for its solves and ``n k^2`` per sweep of the descent.
 """
 
