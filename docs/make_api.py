@@ -23,7 +23,7 @@ Everything that `import torch_onebit` gives, from its docstrings: `make docs` wr
 # Heading: names in the order they are met.
 GROUPS = {
     "Whole models": ["quantize_", "dequantize_", "calibrate_", "prepack_", "symmetrize_"],
-    "Checkpoints": ["load_checkpoint", "save_checkpoint"],
+    "Checkpoints": ["load_checkpoint", "save_checkpoint", "load_gguf", "export_gguf"],
     "Training": [
         "prepare_qat_",
         "convert_",
