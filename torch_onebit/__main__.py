@@ -1,4 +1,5 @@
-"""``python -m torch_onebit info``, ``bench`` (how fast) and ``selftest`` (does the GPU agree)."""
+"""``python -m torch_onebit``: ``info``, ``bench`` (how fast), ``selftest`` (does the GPU agree),
+and the commands on files in cli/."""
 
 import argparse
 import platform
@@ -6,7 +7,7 @@ import platform
 import torch
 
 import torch_onebit
-from torch_onebit import bench, selftest
+from torch_onebit import bench, cli, selftest
 
 
 def info() -> None:
@@ -52,6 +53,7 @@ def main() -> None:
         "selftest", help="every Metal kernel against the CPU, on a Mac"
     )
     selftest_parser.set_defaults(run=lambda _: selftest.run())
+    cli.add_commands(commands)
     arguments, unknown = parser.parse_known_args()
     if unknown:  # argparse would print the usage that does not list the command's options
         commands.choices[arguments.command].error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -129,6 +129,9 @@ class MLXCheckpoint:
             decoded[some] = values.flatten(-2)
         return decoded
 
+    def has(self, name: str) -> bool:
+        return name in self._files
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
 
