@@ -404,6 +404,12 @@ def test_batches_are_read_as_people_have_them(why, model, batches, positional, k
 UNCLEAR = [
     ("labels or a mask", Optional, PAIRS, r"which arguments of forward\(x=, mask=\) .* tuple of 2"),
     ("anything, from a loader", TakesAll, PAIRS, r"which arguments of forward\(\*args\)"),
+    (
+        "many",
+        lambda: nn.Transformer(32, 2, 1, 1, 32),
+        [(X,)],
+        r"forward\(src, tgt, src_mask=, tgt_mask=, \.\.\.\) they are",
+    ),
     ("three for one or two", Masked, [(X, X, X)], r"which arguments of forward\(x, mask=\) "),
     ("too few", Masked, [()], r"which arguments of forward\(x, mask=\) .* tuple of 0"),
     ("other names", Optional, [{"y": X}], r"hold the arguments of forward\(x=, mask=\), .* of y"),
@@ -422,6 +428,7 @@ def test_the_report_says_what_was_made_of_batches_and_how_the_model_ran():
     report = calibrate_(Masked(), PAIRS, **FEW)
     assert "2 batches: tuple of 2 as x, 1 more left out" in str(report)
     assert "ran the whole model for every layer: it has no list of blocks" in str(report)
+    assert "use_cache=False" in str(report)
     assert "nothing" not in str(report)
     report = calibrate_(layers(), [GOOD], **FEW)
     assert "ran one block at a time: the whole model" in str(report)
@@ -446,3 +453,43 @@ def test_the_time_left_counts_layers_by_what_they_cost(monkeypatch):
     assert "10%" in tqdm.format_meter(**state)
     assert "01:00 < 09:00" in tqdm.format_meter(**state)  # a tenth took a minute
     bar.close()
+
+
+class Called(nn.Module):
+    """Calls its layer as some people do."""
+
+    def __init__(self, how) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+        self.how = how
+
+    def forward(self, x):
+        return self.how(self.layer, x)
+
+
+WAYS = [
+    ("by keyword", lambda layer, x: layer(input=x)),
+    ("on one vector", lambda layer, x: layer(x[0])),
+    ("output changed in place", lambda layer, x: layer(x).mul_(2)),
+    ("input changed in place after", lambda layer, x: (layer(y := x + 1), y.zero_())[0]),
+    ("nothing done with the output", lambda layer, x: (layer(x), x)[1]),
+    ("in bfloat16", lambda layer, x: layer.to(torch.bfloat16)(x.to(torch.bfloat16))),
+]
+
+
+@pytest.mark.parametrize("why, how", WAYS, ids=[row[0] for row in WAYS])
+def test_layers_are_calibrated_however_they_are_called(why, how):
+    torch.manual_seed(0)
+    model = Called(how)
+    if "bfloat16" in why:
+        model.layer.bfloat16()
+    (row,) = calibrate_(model, [torch.randn(64, 32), torch.randn(64, 32)], **FEW).layers
+    assert row.note == "" and 0 <= row.output_error < 0.2
+
+
+def test_calibration_under_autocast():
+    model = layers()
+    with torch.autocast("cpu", torch.bfloat16):
+        report = calibrate_(model, [GOOD], **FEW)
+    assert all(row.output_error < 0.2 for row in report.layers)
+    assert model[0].scales.dtype == torch.float32

@@ -96,8 +96,11 @@ class _Parameters:
         )
 
     def __str__(self) -> str:
-        names = [*self.required, *(f"{name}=" for name in self.optional)]
-        return f"forward({', '.join([*names, *['*args'] * self.any_positional])})"
+        optional = [f"{name}=" for name in self.optional]
+        if len(optional) > 3:
+            optional[2:] = ["..."]
+        names = [*self.required, *optional, *["*args"] * self.any_positional]
+        return f"forward({', '.join(names)})"
 
     def read(self, batch: Any, loader: bool) -> tuple[Call, str]:
         if isinstance(batch, Mapping):

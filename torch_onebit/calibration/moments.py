@@ -49,7 +49,7 @@ class InputMoments:
 
     def add(self, x: Tensor) -> Tensor:
         """Add inputs ``[..., k]``; returns ``[m, k]``, them less the shift, for OutputMoments."""
-        x = x.detach().flatten(0, -2).to(self.device).float()
+        x = x.detach().reshape(-1, x.shape[-1]).to(self.device).float()
         if self.count == 0:
             self.shift = _mean(x)
         x = x - self.shift
@@ -87,7 +87,7 @@ class OutputMoments:
 
     def add(self, target: Tensor, x: Tensor) -> None:
         """Add targets ``[..., n]`` for inputs x as ``InputMoments.add`` returned them."""
-        t = target.detach().flatten(0, -2).to(self.inputs.device).float()
+        t = target.detach().reshape(-1, target.shape[-1]).to(self.inputs.device).float()
         if self.count == 0:
             self.shift = _mean(t)
         t = t - self.shift

@@ -50,7 +50,8 @@ class CalibrationReport:
         else:
             lines.append(
                 "ran the whole model for every layer: it has no list of blocks of which each gets "
-                "just what the one before returned (slower, results are the same)"
+                "just what the one before returned (slower, results are the same; a cache of keys "
+                "and values is a common reason: use_cache=False)"
             )
         lines += [f"left as it was: {name} ({reason})" for name, reason in self.skipped]
         return "\n".join(lines)
