@@ -12,14 +12,9 @@ SOURCES := $(shell find csrc metal -type f) setup.py pyproject.toml
 .PHONY: demo test check-mps test-kernels asan ubsan tsan asan-extension test-arm fuzz soak compilers \
   dist test-dist bench figures docs build check format clean
 
-demo: $(VENV)/.demo
-	$(BIN)/python examples/demo.py
-
 # Without a network the demo says so and trains a small model instead.
-$(VENV)/.demo: $(VENV)/.built examples/requirements.txt
-	@echo "set-up: what the demo needs beside torch"
-	@$(BIN)/python -m pip install --quiet --requirement examples/requirements.txt && touch $@ \
-	  || echo "not installed"
+demo: build
+	$(BIN)/python examples/demo.py
 
 # Two processes, whose OpenMP threads sleep while they wait for the other.
 test: build test-kernels

@@ -28,12 +28,13 @@ from tqdm import tqdm
 
 import torch_onebit
 
-MINUTES = 4
+MINUTES = 4  # and 4 more of set-up, the first time
 PHASES = 7
 GROUP_SIZE = 128
 CALIBRATION = 64  # sequences
 HELD_OUT = 96
-STEPS, BATCH, LEARNING_RATE = 60, 8, 2e-3
+# At 2e-3, a twentieth of a scale a step, the loss rises: 0.85 to 0.99.
+STEPS, BATCH, LEARNING_RATE = 60, 8, 3e-4
 METHODS = {
     "float32": "as it was published",
     "quantize_": "no data: the nearest 1-bit weights",
