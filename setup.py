@@ -55,7 +55,7 @@ def extension() -> CppExtension:
         "-Wno-unused-parameter",
     ]
     link_args = []
-    files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
+    files = sources("csrc/*.cpp", "csrc/ops/*/*.cpp", "csrc/cpu/*.cpp")
     include_dirs = []
     if sys.platform == "linux":
         # Compiled with OpenMP, linked without: the runtime torch ships is already loaded, and a

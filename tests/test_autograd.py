@@ -226,3 +226,24 @@ def test_functional_transforms_go_through():
     value, pull = torch.func.vjp(lambda s: ops.qmm(x, packed, s, biases, 64), scales)
     expected = ops.affine_grad(torch.ones_like(value), x, packed, None, None, 64)[0]
     torch.testing.assert_close(pull(torch.ones_like(value))[0], expected)
+
+
+@pytest.mark.parametrize("name", ["fake_quantize", "fake_quantize_affine", *NAMES])
+def test_compiled_autograd_gives_the_same_gradients(name):
+    w, levels = torch.randn(3, 64, requires_grad=True), torch.rand(2, 3, 2, requires_grad=True)
+    op, arguments = {
+        "fake_quantize": (ops.fake_quantize, (w, "mean", 32)),
+        "fake_quantize_affine": (ops.fake_quantize_affine, (w, *levels, 32)),
+        **calls(),
+    }[name]
+    inputs = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+
+    def gradients() -> list[Tensor]:
+        result = op(*arguments)
+        results = result if isinstance(result, tuple) else (result,)
+        return torch.autograd.grad(sum(t.square().sum() for t in results), inputs)
+
+    expected = gradients()
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        torch.testing.assert_close(gradients(), expected)

@@ -1,4 +1,4 @@
-"""What the Python API accepts, in the words of csrc/shape.h: argument, rule and value."""
+"""What the Python API accepts, in the words of csrc/ops: argument, rule and value."""
 
 from numbers import Integral
 from typing import Any

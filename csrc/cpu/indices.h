@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "../shape.h"
+#include "../ops/rules.h"
 
 namespace onebit::cpu {
 

@@ -1,11 +1,11 @@
-// The operators of ../levels.cpp on the CPU: whole groups, split among threads.
+// The operators of ../ops/levels on the CPU: whole groups, split among threads.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <tuple>
 
-#include "../levels_shape.h"
+#include "../ops/levels/rules.h"
 #include "levels.h"
 #include "tensors.h"
 

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "../ops.h"
+#include "../ops/product/rules.h"
 #include "prepacked.h"
 #include "tasks.h"
 #include "tensors.h"
@@ -44,20 +44,28 @@ Tensor prepack(const Tensor& packed,
   return out;
 }
 
-Tensor qmm_prepacked(const Tensor& x,
-                     const Tensor& packed,
-                     const Tensor& scales,
-                     const OptionalTensor& biases,
-                     const Tensor& prepacked,
-                     int64_t group_size) {
-  const auto shape = check_qmm_prepacked<int64_t>(x, packed, scales, biases, prepacked, group_size);
+Tensor prepack_meta(const Tensor& packed,
+                    const Tensor& scales,
+                    const OptionalTensor& biases,
+                    int64_t group_size) {
+  using Layout = PrepackedLayout;
+  check_prepack<c10::SymInt>(packed, scales, biases, group_size);
+  const auto block = Layout::block_size(int(group_size), scales.element_size(), biases.has_value());
+  const auto columns = packed.sym_size(1) * kWordBits;
+  const auto bytes = Layout::bytes(packed.sym_size(0), columns, int(group_size), block);
+  return at::empty_symint({bytes}, packed.options().dtype(at::kByte));
+}
+
+Tensor prepacked_cpu(const Operands& o) {
+  const auto shape = check_product<int64_t>(o);
+  const Tensor &x = o.x, &prepacked = *o.prepacked;
   const auto& table = kernels();
   const int64_t rows = shape.n ? c10::multiply_integers(shape.y) / shape.n : 0;
   if (rows > PrepackedLayout::kMaxRows || rows == 0 || shape.k == 0 ||
       x.scalar_type() == at::kDouble || !table.qmm_prepacked) {
-    return ops::qmm().call(x, packed, scales, biases, group_size, true);
+    return product({Form::kQmm, x, o.packed, o.scales, o.biases, o.group_size});
   }
-  const WeightTensors weights(packed, scales, biases, group_size);
+  const WeightTensors weights(o.packed, o.scales, o.biases, o.group_size);
   const auto w = weights.matrix(0, shape.n);
   const PrepackedLayout layout(w);
   const char* data = static_cast<const char*>(prepacked.const_data_ptr());
@@ -83,7 +91,10 @@ Tensor qmm_prepacked(const Tensor& x,
 
 TORCH_LIBRARY_IMPL(onebit, CPU, m) {
   m.impl("prepack", &prepack);
-  m.impl("qmm_prepacked", &qmm_prepacked);
+  m.impl("qmm_prepacked", &ProductForms<prepacked_cpu>::qmm_prepacked);
 }
+
+// Here and not with the schema: only this device prepacks, and its layout is its own.
+TORCH_LIBRARY_IMPL(onebit, Meta, m) { m.impl("prepack", &prepack_meta); }
 
 }  // namespace onebit::cpu

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../ops/product/rules.h"
 #include "indices.h"
 #include "tasks.h"
 #include "tensors.h"
@@ -98,21 +99,16 @@ std::vector<Piece> split_rows(const std::vector<Piece>& products, int64_t tiles,
   return pieces;
 }
 
-Tensor product(const QmmShape<int64_t>& shape,
-               const Tensor& x,
-               const Tensor& packed,
-               const Tensor& scales,
-               const OptionalTensor& biases,
-               const OptionalTensor& lhs_indices,
-               const OptionalTensor& rhs_indices,
-               int64_t group_size,
-               bool transpose) {
+Tensor product_cpu(const Operands& o) {
+  const auto shape = check_product<int64_t>(o);
+  const Tensor& x = o.x;
   auto y = at::empty(shape.y, x.options());  // first: sizes beyond memory end here, not in a copy
-  const auto batches = batches_of(shape, x, packed, lhs_indices, rhs_indices);
+  const auto batches = batches_of(shape, x, o.packed, o.lhs_indices, o.rhs_indices);
   if (y.numel() == 0) return y;
   const auto values = x.contiguous();
-  const WeightTensors weights(packed, scales, biases, group_size);
+  const WeightTensors weights(o.packed, o.scales, o.biases, o.group_size);
   const auto& table = kernels();
+  const bool transpose = o.transpose;
   const auto run = transpose ? table.qmm_t : table.qmm_n;
   // transpose=False works on whole groups of columns.
   const int64_t n_tile = transpose ? table.n_tile : std::max<int64_t>(table.n_tile, 128);
@@ -147,30 +143,6 @@ Tensor product(const QmmShape<int64_t>& shape,
     }
   });
   return y;
-}
-
-Tensor qmm_cpu(const Tensor& x,
-               const Tensor& packed,
-               const Tensor& scales,
-               const OptionalTensor& biases,
-               int64_t group_size,
-               bool transpose) {
-  const auto shape = check_qmm<int64_t>(x, packed, scales, biases, group_size, transpose);
-  return product(shape, x, packed, scales, biases, {}, {}, group_size, transpose);
-}
-
-Tensor gather_qmm_cpu(const Tensor& x,
-                      const Tensor& packed,
-                      const Tensor& scales,
-                      const OptionalTensor& biases,
-                      const OptionalTensor& lhs_indices,
-                      const OptionalTensor& rhs_indices,
-                      int64_t group_size,
-                      bool transpose,
-                      bool /*sorted_indices*/) {
-  const auto shape = check_gather_qmm<int64_t>(x, packed, scales, biases, lhs_indices, rhs_indices,
-                                               group_size, transpose);
-  return product(shape, x, packed, scales, biases, lhs_indices, rhs_indices, group_size, transpose);
 }
 
 std::tuple<Tensor, Tensor> affine_grad_cpu(const Tensor& grad,
@@ -217,8 +189,7 @@ std::tuple<Tensor, Tensor> affine_grad_cpu(const Tensor& grad,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, CPU, m) {
-  m.impl("qmm", &qmm_cpu);
-  m.impl("gather_qmm", &gather_qmm_cpu);
+  ProductForms<product_cpu>::define(m, /*prepacked=*/false);  // prepacked.cpp
   m.impl("affine_grad", &affine_grad_cpu);
 }
 

@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "../ops/codec/rules.h"
 #include "indices.h"
 #include "tensors.h"
 

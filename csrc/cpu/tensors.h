@@ -3,7 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "../shape.h"
+#include "../ops/rules.h"
 #include "kernels.h"
 
 namespace onebit::cpu {
@@ -17,7 +17,7 @@ inline DType dtype_of(const Tensor& t) {
     case at::kDouble:
       return DType::kDouble;
     default:
-      return DType::kFloat;  // shape.h admits no other
+      return DType::kFloat;  // rules.h admits no other
   }
 }
 

@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "../ops/product/rules.h"
 #include "encoder.h"
 #include "tensors.h"
 

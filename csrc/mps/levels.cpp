@@ -1,10 +1,10 @@
-// The operators of ../levels.cpp on MPS: a simdgroup per group, or per row of bits.
+// The operators of ../ops/levels on MPS: a simdgroup per group, or per row of bits.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <tuple>
 
-#include "../levels_shape.h"
+#include "../ops/levels/rules.h"
 #include "encoder.h"
 #include "tensors.h"
 

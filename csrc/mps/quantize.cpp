@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "../ops/codec/rules.h"
 #include "encoder.h"
 #include "tensors.h"
 

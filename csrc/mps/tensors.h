@@ -3,7 +3,7 @@
 
 #include <ATen/ops/arange.h>
 
-#include "../shape.h"
+#include "../ops/product/rules.h"
 #include "launch_plan.h"
 
 namespace onebit::mps {

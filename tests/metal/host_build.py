@@ -35,7 +35,8 @@ def compiler(language: str) -> list[str]:
 
 def inputs() -> list[Path]:
     """Everything an object may include besides torch."""
-    folders = [toolchain.ROOT / "csrc", toolchain.ROOT / "csrc/mps", HOST]
+    csrc = toolchain.ROOT / "csrc"
+    folders = [csrc, csrc / "ops", *(csrc / "ops").iterdir(), csrc / "mps", HOST]
     folders += [p for p in HEADERS.rglob("*") if p.is_dir()]
     return [*sorted(p for folder in folders for p in folder.glob("*.h")), SHARED_HEADER]
 

@@ -6,7 +6,7 @@
 
 #include <tuple>
 
-#include "levels_shape.h"
+#include "rules.h"
 
 TORCH_LIBRARY_FRAGMENT(onebit, m) {
   m.def(

@@ -1,9 +1,9 @@
-// What the operators of levels.cpp accept, as shape.h says it for the others.
+// What the operators of levels.cpp accept.
 #pragma once
 
 #include <string_view>
 
-#include "shape.h"
+#include "../codec/rules.h"
 
 namespace onebit {
 

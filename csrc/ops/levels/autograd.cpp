@@ -1,15 +1,15 @@
 // Gradients of fake_quantize and fake_quantize_affine, once differentiable: straight through for
 // the bit, exact for the levels. The slopes of a step function are a convention of reverse mode,
 // so forward mode is refused rather than answered with zeros, and so is a second derivative.
-#include <ATen/core/Tensor.h>
+#include "../autograd.h"
+
 #include <torch/csrc/autograd/functions/basic_ops.h>
 
 #include <string>
 #include <tuple>
 
-#include "autograd.h"
-#include "levels_shape.h"
-#include "ops.h"
+#include "../dispatch.h"
+#include "rules.h"
 
 namespace onebit {
 namespace {
@@ -39,25 +39,12 @@ void once_differentiable(const char* op, Tensor& t, const Inputs&... inputs) {
       t, make_node<autograd::NotImplemented>(op, autograd::collect_next_edges(inputs...)));
 }
 
-struct FakeQuantizeNode : autograd::TraceableFunction {
-  SavedVariable w;
-  std::string rule;
-  int64_t group_size = 0;
-
-  std::string name() const override { return "OneBitFakeQuantizeBackward"; }
-
-  variable_list apply(variable_list&& grads) override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    static const auto op = ops::find<FakeQuantizeBackward>("onebit::fake_quantize_backward");
-    if (!grads[0].defined()) return {Tensor()};
-    return {op.call(grads[0], w.unpack(), rule, group_size)};
-  }
-
-  void release_variables() override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    w.reset_data();
-  }
-};
+const Backward kFakeQuantize = {
+    "OneBitFakeQuantizeBackward",
+    [](const variable_list& grads, const Saved& saved, const Needed&) {
+      static const auto op = find_op<FakeQuantizeBackward>("onebit::fake_quantize_backward");
+      return variable_list{op.call(grads[0], saved.tensors[0], saved.text, saved.numbers[0])};
+    }};
 
 Tensor fake_quantize_autograd(c10::DispatchKeySet keys,
                               const Tensor& w,
@@ -65,47 +52,29 @@ Tensor fake_quantize_autograd(c10::DispatchKeySet keys,
                               int64_t group_size,
                               OptionalType dtype) {
   refuse_forward_mode("fake_quantize", w);
-  static const auto op = ops::find<FakeQuantize>("onebit::fake_quantize");
+  static const auto op = find_op<FakeQuantize>("onebit::fake_quantize");
   auto w_hat = below_autograd(op, keys, w, rule, group_size, dtype);
   if (autograd::compute_requires_grad(w)) {
-    auto node = make_node<FakeQuantizeNode>();
-    node->set_next_edges(autograd::collect_next_edges(w));
-    node->w = SavedVariable(w, false);
-    node->rule = std::string(rule);
-    node->group_size = group_size;
-    autograd::set_history(w_hat, node);
+    record(kFakeQuantize, {{w}, {}, {group_size}, std::string(rule)}, {&w_hat}, w);
   }
   return w_hat;
 }
 
-struct FakeQuantizeAffineNode : autograd::TraceableFunction {
-  SavedVariable w, scales, biases;
-  int64_t group_size = 0;
-
-  std::string name() const override { return "OneBitFakeQuantizeAffineBackward"; }
-
-  variable_list apply(variable_list&& grads) override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    static const auto op =
-        ops::find<FakeQuantizeAffineBackward>("onebit::fake_quantize_affine_backward");
-    variable_list out(3);
-    const Tensor& grad = grads[0];
-    if (!grad.defined()) return out;
-    const auto w_ = w.unpack();
-    if (task_should_compute_output(0)) out[0] = grad.to(w_.scalar_type());
-    if (task_should_compute_output(1) || task_should_compute_output(2)) {
-      std::tie(out[1], out[2]) = op.call(grad, w_, scales.unpack(), biases.unpack(), group_size);
-    }
-    return out;
-  }
-
-  void release_variables() override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    w.reset_data();
-    scales.reset_data();
-    biases.reset_data();
-  }
-};
+// Inputs: w, scales, biases.
+const Backward kFakeQuantizeAffine = {
+    "OneBitFakeQuantizeAffineBackward",
+    [](const variable_list& grads, const Saved& saved, const Needed& needed) {
+      static const auto op =
+          find_op<FakeQuantizeAffineBackward>("onebit::fake_quantize_affine_backward");
+      const Tensor &grad = grads[0], &w = saved.tensors[0];
+      variable_list out(3);
+      if (needed[0]) out[0] = grad.to(w.scalar_type());
+      if (needed[1] || needed[2]) {
+        std::tie(out[1], out[2]) =
+            op.call(grad, w, saved.tensors[1], saved.tensors[2], saved.numbers[0]);
+      }
+      return out;
+    }};
 
 Tensor fake_quantize_affine_autograd(c10::DispatchKeySet keys,
                                      const Tensor& w,
@@ -114,16 +83,11 @@ Tensor fake_quantize_affine_autograd(c10::DispatchKeySet keys,
                                      int64_t group_size,
                                      OptionalType dtype) {
   refuse_forward_mode("fake_quantize_affine", w, scales, biases);
-  static const auto op = ops::find<FakeQuantizeAffine>("onebit::fake_quantize_affine");
+  static const auto op = find_op<FakeQuantizeAffine>("onebit::fake_quantize_affine");
   auto w_hat = below_autograd(op, keys, w, scales, biases, group_size, dtype);
   if (autograd::compute_requires_grad(w, scales, biases)) {
-    auto node = make_node<FakeQuantizeAffineNode>();
-    node->set_next_edges(autograd::collect_next_edges(w, scales, biases));
-    node->w = SavedVariable(w, false);
-    node->scales = SavedVariable(scales, false);
-    node->biases = SavedVariable(biases, false);
-    node->group_size = group_size;
-    autograd::set_history(w_hat, node);
+    const Saved saved{{w, scales, biases}, {}, {group_size}, {}};
+    record(kFakeQuantizeAffine, saved, {&w_hat}, w, scales, biases);
   }
   return w_hat;
 }
@@ -134,7 +98,7 @@ Tensor fake_quantize_backward_autograd(c10::DispatchKeySet keys,
                                        c10::string_view rule,
                                        int64_t group_size) {
   refuse_forward_mode("fake_quantize_backward", grad, w);
-  static const auto op = ops::find<FakeQuantizeBackward>("onebit::fake_quantize_backward");
+  static const auto op = find_op<FakeQuantizeBackward>("onebit::fake_quantize_backward");
   auto result = below_autograd(op, keys, grad, w, rule, group_size);
   once_differentiable("onebit::fake_quantize_backward", result, grad, w);
   return result;
@@ -148,7 +112,7 @@ std::tuple<Tensor, Tensor> fake_quantize_affine_backward_autograd(c10::DispatchK
                                                                   int64_t group_size) {
   refuse_forward_mode("fake_quantize_affine_backward", grad, w, scales, biases);
   static const auto op =
-      ops::find<FakeQuantizeAffineBackward>("onebit::fake_quantize_affine_backward");
+      find_op<FakeQuantizeAffineBackward>("onebit::fake_quantize_affine_backward");
   auto [of_scales, of_biases] = below_autograd(op, keys, grad, w, scales, biases, group_size);
   once_differentiable("onebit::fake_quantize_affine_backward", of_scales, grad, w, scales, biases);
   once_differentiable("onebit::fake_quantize_affine_backward", of_biases, grad, w, scales, biases);
@@ -164,7 +128,7 @@ Tensor flip_bits_counted(c10::DispatchKeySet keys,
                          int64_t begin,
                          int64_t end,
                          int64_t group_size) {
-  static const auto op = ops::find<FlipBits>("onebit::flip_bits_");
+  static const auto op = find_op<FlipBits>("onebit::flip_bits_");
   const auto changes = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
     return op.redispatch(keys & c10::after_ADInplaceOrView_keyset, bits, error, scales, moments,

@@ -1,0 +1,78 @@
+// quantize, dequantize and embedding for devices without kernels.
+#include "../composite.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/isnan.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <tuple>
+
+#include "rules.h"
+
+namespace onebit {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+std::tuple<Tensor, Tensor, Tensor> quantize_composite(const Tensor& w, int64_t group_size) {
+  const auto shape = check_quantize<int64_t>(w, group_size);
+  ONEBIT_WARN_SLOW("quantize", w);
+  if (w.numel() == 0) {
+    return {at::zeros(shape.packed, w.options().dtype(at::kInt)),
+            at::zeros(shape.scales, w.options()), at::zeros(shape.scales, w.options())};
+  }
+  const auto groups = split_last(w.to(sum_type(w)), group_size);
+  const auto nan = at::isnan(groups);
+  const auto least = groups.masked_fill(nan, kInfinity).amin(-1, true);
+  const auto high = groups.masked_fill(nan, -kInfinity).amax(-1, true);
+  // Of equal least values the first gives the sign of a zero.
+  const auto is_least = groups.eq(least);
+  const auto first = groups.gather(-1, is_least.to(at::kInt).argmax(-1, true));
+  const auto low = at::where(is_least.any(-1, true), first, least);
+  const auto range = high - low;
+  const auto scale = at::where(range.lt(kMinScale), at::full_like(range, kMinScale), range);
+  const auto bits = split_last((groups - low).gt(scale.mul(0.5)).flatten(-2), kWordBits);
+  const auto shifts = at::arange(kWordBits, bits.options().dtype(at::kLong));
+  const auto words = bits.to(at::kLong).bitwise_left_shift(shifts).sum(-1);
+  const auto wrapped = at::where(words.ge(int64_t(1) << 31), words - (int64_t(1) << 32), words);
+  return {wrapped.to(at::kInt), scale.squeeze(-1).to(w.scalar_type()),
+          low.squeeze(-1).to(w.scalar_type())};
+}
+
+Tensor dequantize_composite(const Tensor& packed,
+                            const Tensor& scales,
+                            const OptionalTensor& biases,
+                            int64_t group_size) {
+  check_dequantize<int64_t>(packed, scales, biases, group_size);
+  ONEBIT_WARN_SLOW("dequantize", packed);
+  return decode(packed, scales, biases, group_size, scales.scalar_type());
+}
+
+Tensor embedding_composite(const Tensor& indices,
+                           const Tensor& packed,
+                           const Tensor& scales,
+                           const OptionalTensor& biases,
+                           int64_t group_size) {
+  const auto sizes = check_embedding<int64_t>(indices, packed, scales, biases, group_size);
+  ONEBIT_WARN_SLOW("embedding", packed);
+  const auto words = packed.scalar_type() == at::kInt ? packed : packed.view(at::kInt);
+  const auto rows = indices.reshape(-1);
+  const auto pick = [&](const Tensor& t) { return t.index_select(0, rows); };
+  return decode(pick(words), pick(scales), biases ? OptionalTensor(pick(*biases)) : std::nullopt,
+                group_size, scales.scalar_type())
+      .reshape(sizes);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(onebit, CompositeExplicitAutograd, m) {
+  m.impl("quantize", &quantize_composite);
+  m.impl("dequantize", &dequantize_composite);
+  m.impl("embedding", &embedding_composite);
+}
+
+}  // namespace onebit

@@ -1,0 +1,190 @@
+// Gradients of products, formulae in docs/format.md. Every backward is made of differentiable
+// operators of this library, so gradients of gradients are exact too. Forward mode is simpler: an
+// operator is linear in each floating input, so its tangent is a sum of the same operator.
+#include "../autograd.h"
+
+#include <ATen/ExpandUtils.h>
+#include <ATen/ops/index_add.h>
+#include <ATen/ops/zeros.h>
+
+#include <tuple>
+
+#include "rules.h"
+
+namespace onebit {
+namespace {
+
+using AffineGrad = std::tuple<Tensor, Tensor>(const Tensor&,
+                                              const Tensor&,
+                                              const Tensor&,
+                                              const OptionalTensor&,
+                                              const OptionalTensor&,
+                                              int64_t,
+                                              bool);
+
+const auto& affine_grad() {
+  static const auto op = find_op<AffineGrad>("onebit::affine_grad");
+  return op;
+}
+
+// The matrix of a product, qmm or gather_qmm, as its backward needs it.
+struct Matrix {
+  Tensor packed;
+  OptionalTensor lhs_indices, rhs_indices;
+  int64_t group_size;
+  bool transpose;
+
+  bool gathers() const { return lhs_indices || rhs_indices; }
+
+  void save(Saved& saved) const {
+    saved.tensors.insert(saved.tensors.end(),
+                         {packed, or_undefined(lhs_indices), or_undefined(rhs_indices)});
+    saved.numbers = {group_size, transpose};
+  }
+  static Matrix from(const Saved& saved, size_t first) {
+    return {saved.tensors[first], or_none(saved.tensors[first + 1]),
+            or_none(saved.tensors[first + 2]), saved.numbers[0], saved.numbers[1] != 0};
+  }
+
+  Tensor times(const Tensor& x, const Tensor& scales, const OptionalTensor& biases) const {
+    return product({gathers() ? Form::kGather : Form::kQmm, x, packed, scales, biases, group_size,
+                    transpose, lhs_indices, rhs_indices});
+  }
+
+  // The gradient of x [sizes] is the product with the other transpose, summed where x was broadcast
+  // or gathered more than once.
+  Tensor grad_x(const Tensor& grad,
+                c10::SymIntArrayRef sizes,
+                const Tensor& scales,
+                const OptionalTensor& biases) const {
+    if (!gathers()) {
+      const bool vector = sizes.size() == 1 && packed.dim() > 2;
+      const auto rows = vector ? grad.unsqueeze(-2) : grad;
+      auto result = product({Form::kQmm, rows, packed, scales, biases, group_size, !transpose});
+      if (vector) result = result.squeeze(-2);
+      return result.sym_sizes() == sizes ? result : at::sum_to(result, sizes);
+    }
+    const auto each = product({Form::kGather, grad, packed, scales, biases, group_size, !transpose,
+                               kAbsent, rhs_indices});
+    if (!lhs_indices) return at::sum_to(each, sizes);
+    // A matrix of x that was gathered often sums as many terms: in float32 whatever its dtype.
+    const auto batch = grad.sym_sizes().slice(0, grad.dim() - 2);
+    const auto flat = [matrix = sizes.slice(sizes.size() - 2)](c10::SymIntArrayRef lead) {
+      return std::vector<c10::SymInt>{c10::multiply_integers(lead), matrix[0], matrix[1]};
+    };
+    const auto options = each.options().dtype(sum_type(each));
+    return at::zeros_symint(flat(sizes.slice(0, sizes.size() - 2)), options)
+        .index_add(0, lhs_indices->expand_symint(batch).flatten(),
+                   each.to(options.dtype()).reshape_symint(flat(batch)))
+        .to(each.scalar_type())
+        .reshape_symint(sizes);
+  }
+
+  std::tuple<Tensor, Tensor> grad_levels(const Tensor& grad, const Tensor& x) const {
+    return affine_grad().call(grad, x, packed, lhs_indices, rhs_indices, group_size, transpose);
+  }
+};
+
+// Inputs: x, scales, biases. x is saved only for the gradients of scales and biases: a layer that
+// trains neither holds no activations.
+const Backward kProduct = {
+    "OneBitQmmBackward", [](const variable_list& grads, const Saved& saved, const Needed& needed) {
+      const Tensor &grad = grads[0], &x = saved.tensors[0], &scales = saved.tensors[1];
+      const auto biases = or_none(saved.tensors[2]);
+      const auto w = Matrix::from(saved, 3);
+      variable_list out(3);
+      if (needed[0]) out[0] = w.grad_x(grad, saved.sizes, scales, biases);
+      if (needed[1] || needed[2]) {
+        const auto [grad_scales, grad_biases] = w.grad_levels(grad, x);
+        const auto of_scales = grad_of_scales(grad_scales, grad_biases, biases.has_value());
+        out[1] = of_scales.to(scales.scalar_type());
+        if (biases) out[2] = grad_biases.to(scales.scalar_type());
+      }
+      return out;
+    }};
+
+// affine_grad is linear in grad and in x: with (a, b) the gradient of its results,
+// <a, grad_scales> + <b, grad_biases> = <grad, product of x with weights a * bit + b>.
+// Inputs: grad, x.
+const Backward kAffineGrad = {
+    "OneBitAffineGradBackward",
+    [](const variable_list& grads, const Saved& saved, const Needed& needed) {
+      const auto a = grads[0].defined() ? grads[0] : at::zeros_like(grads[1]);
+      const auto b = grads[1].defined() ? grads[1] : at::zeros_like(grads[0]);
+      const Tensor &grad = saved.tensors[0], &x = saved.tensors[1];
+      const auto w = Matrix::from(saved, 2);
+      variable_list out(2);
+      if (needed[0]) out[0] = w.times(x, a, b);
+      if (needed[1]) out[1] = w.grad_x(grad, x.sym_sizes(), a, b);
+      return out;
+    }};
+
+Tensor product_autograd(c10::DispatchKeySet keys, const Operands& o) {
+  const bool records = autograd::compute_requires_grad(o.x, o.scales, or_undefined(o.biases));
+  const bool of_levels = has_tangent(o.scales) || has_tangent(o.biases);
+  const bool differentiates = records || of_levels || has_tangent(o.x);
+  if (differentiates && o.form == Form::kPrepacked) {  // which serves inference
+    return product({Form::kQmm, o.x, o.packed, o.scales, o.biases, o.group_size});
+  }
+  auto y = with_operator(o, [&](const auto& op, const auto&... arguments) {
+    return below_autograd(op, keys, arguments...);
+  });
+  if (!differentiates) return y;
+
+  const Matrix w{o.packed, o.lhs_indices, o.rhs_indices, o.group_size, o.transpose};
+  if (records) {
+    const auto biases = or_undefined(o.biases);
+    const bool trains = o.scales.requires_grad() || (o.biases && o.biases->requires_grad());
+    Saved saved{{trains ? o.x : Tensor(), o.scales, biases}, o.x.sym_sizes().vec(), {}, {}};
+    w.save(saved);
+    record(kProduct, saved, {&y}, o.x, o.scales, biases);
+  }
+  Tensor sum;
+  if (has_tangent(o.x)) sum = w.times(tangent(o.x), primal(o.scales), primal(o.biases));
+  if (of_levels) {
+    const LevelTangents levels(o.scales, o.biases);
+    sum = plus(sum, w.times(primal(o.x), levels.scales, levels.biases));
+  }
+  if (sum.defined()) set_tangent(y, sum);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> affine_grad_autograd(c10::DispatchKeySet keys,
+                                                const Tensor& grad,
+                                                const Tensor& x,
+                                                const Tensor& packed,
+                                                const OptionalTensor& lhs_indices,
+                                                const OptionalTensor& rhs_indices,
+                                                int64_t group_size,
+                                                bool transpose) {
+  auto [of_scales, of_biases] = below_autograd(affine_grad(), keys, grad, x, packed, lhs_indices,
+                                               rhs_indices, group_size, transpose);
+  const Matrix w{packed, lhs_indices, rhs_indices, group_size, transpose};
+  if (autograd::compute_requires_grad(grad, x)) {
+    Saved saved{{grad, x}, {}, {}, {}};
+    w.save(saved);
+    record(kAffineGrad, saved, {&of_scales, &of_biases}, grad, x);
+  }
+  if (has_tangent(grad) || has_tangent(x)) {
+    Tensor scales, biases;
+    const auto add = [&](const Tensor& grad, const Tensor& x) {
+      const auto [to_scales, to_biases] = w.grad_levels(grad, x);
+      scales = plus(scales, to_scales);
+      biases = plus(biases, to_biases);
+    };
+    if (has_tangent(grad)) add(tangent(grad), primal(x));
+    if (has_tangent(x)) add(primal(grad), tangent(x));
+    set_tangent(of_scales, scales);
+    set_tangent(of_biases, biases);
+  }
+  return {of_scales, of_biases};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(onebit, Autograd, m) {
+  ProductForms<product_autograd, c10::DispatchKeySet>::define(m, /*prepacked=*/true);
+  m.impl("affine_grad", &affine_grad_autograd);
+}
+
+}  // namespace onebit
