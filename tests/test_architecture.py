@@ -1,59 +1,141 @@
-"""Who may include whom: the rules of docs/architecture.md, read off the sources."""
+"""Who may include whom, and where an operator lives: docs/architecture.md, read off the sources."""
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+KERNELS = ("csrc/cpu/kernels*", "csrc/cpu/levels*", "csrc/cpu/*-inl.h", "csrc/cpu/scratch*")
+BACKENDS = [p.name for p in sorted((ROOT / "csrc").iterdir()) if p.is_dir() and p.name != "ops"]
 
-# files, what they must not include or import, why
-RULES = [
-    (
-        "metal/*.metal",
-        r'^"(?!\w+\.h"$|\.\./csrc/format\.h"$)',
-        "shaders see shaders and the format",
+# a room of the C++ house: the rooms besides itself whose headers it may include
+ROOMS = {
+    "csrc/format.h": [],  # shaders read it too
+    "metal": ["csrc/format.h"],
+    "csrc/ops": ["csrc/format.h"],
+    "csrc/ops/codec": ["csrc/ops"],
+    "csrc/ops/product": ["csrc/ops"],
+    "csrc/ops/levels": ["csrc/ops", "csrc/ops/codec"],  # quantize_levels has the shapes of quantize
+    **{
+        f"csrc/{backend}": ["csrc/ops", "csrc/format.h", "metal"]
+        + [f"csrc/ops/{room}" for room in ("codec", "product", "levels")]
+        for backend in BACKENDS
+    },
+}
+# files: system headers they must not include, why
+HEADERS = {
+    "metal/*": (r"torch|ATen|c10", "shaders know no torch"),
+    "csrc/mps/launch_plan.h": (
+        r"torch|ATen|c10|Metal/|Foundation|string$",
+        "plans are plain C++",
     ),
-    ("metal/*", r"torch|ATen|c10", "shaders know no torch"),
-    ("csrc/format.h", r".", "the format includes nothing: shaders read it too"),
-    ("csrc/mps/launch_plan.h", r"torch|ATen|c10|Metal/|Foundation|<string>", "plans are plain C++"),
-    ("csrc/cpu/kernels*", r"torch|ATen|c10", "kernels compile without torch"),
-    ("csrc/cpu/*-inl.h", r"torch|ATen|c10", "kernels compile without torch"),
-    ("csrc/cpu/*", r"mps/", "a backend knows no other"),
-    ("csrc/mps/*", r"cpu/", "a backend knows no other"),
-    ("csrc/**/*", r"torch/extension\.h|ATen/ATen\.h|torch/all\.h", "narrow headers only"),
-    ("torch_onebit/nn/*.py", r"torch\.ops\.onebit|<<|>>", "modules call torch_onebit.ops"),
-    ("torch_onebit/checkpoint/*.py", r"torch_onebit\.nn", "formats do not know modules"),
-    ("torch_onebit/checkpoint/*.py", r"pickle|torch\.load\b|eval\(", "files run no code"),
-    ("tests/reference.py", r"torch", "the reference is independent"),
-]
+    **dict.fromkeys(KERNELS, (r"torch|ATen|c10", "kernels compile without torch")),
+    "csrc/**/*": (r"torch/extension\.h|ATen/ATen\.h|torch/all\.h", "narrow headers only"),
+}
+# Python files: names they must not use, why
+NAMES = {
+    "torch_onebit/nn/*.py": (r"torch\.ops\.onebit|<<|>>", "modules call torch_onebit.ops"),
+    "torch_onebit/checkpoint/*.py": (
+        r"torch_onebit\.nn|pickle|torch\.load$|^eval$",
+        "formats do not know modules, and files run no code",
+    ),
+    "tests/reference.py": (r"torch", "the reference is independent"),
+}
 
 
-def relevant(path: Path) -> list[str]:
-    """The lines of a file that name another one; for Python modules, all code lines count."""
-    text = path.read_text()
-    if path.suffix == ".py":
-        code = re.sub(r'""".*?"""', "", text, flags=re.DOTALL)
-        return [line for line in code.splitlines() if not line.lstrip().startswith("#")]
-    return re.findall(r"^\s*#\s*(?:include|import)\s+(\S+)", text, flags=re.MULTILINE)
+def includes(path: Path) -> tuple[list[str], list[str]]:
+    """The "local" and the <system> headers that a C++ file names."""
+    lines = re.findall(r'^\s*#\s*(?:include|import)\s+(["<])([^">]+)', path.read_text(), re.M)
+    return [n for mark, n in lines if mark == '"'], [n for mark, n in lines if mark == "<"]
 
 
-@pytest.mark.parametrize("files, never, why", RULES, ids=[f"{r[0]} {r[2]}" for r in RULES])
-def test_include_rules(files, never, why):
-    broken = [
-        f"{path.relative_to(ROOT)}: {line.strip()}"
-        for path in sorted(ROOT.glob(files))
-        if path.is_file()
-        for line in relevant(path)
-        if re.search(never, line)
-    ]
-    assert not broken, why
+def files_of(pattern: str) -> list[Path]:
+    return [p for p in sorted(ROOT.glob(pattern)) if p.is_file() and p.suffix not in (".py", "")]
 
 
-def test_every_rule_still_finds_its_files():
-    """A rule whose files moved would pass for nothing; folders not built yet are listed here."""
-    later = ("metal/", "csrc/mps/", "csrc/cpu/*-inl.h")
-    missing = [
-        files for files, *_ in RULES if not files.startswith(later) and not any(ROOT.glob(files))
-    ]
-    assert not missing
+def room_of(path: Path) -> str | None:
+    """The room with the longest name that a file is in."""
+    name = path.relative_to(ROOT).as_posix()
+    rooms = [r for r in ROOMS if name == r or name.startswith(r + "/")]
+    return max(rooms, key=len, default=None)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_includes_only_the_rooms_below_it(room):
+    pattern = room if room.endswith(".h") else f"{room}/**/*"
+    files = [p for p in files_of(pattern) if room_of(p) == room]
+    assert files
+    for path in files:
+        for name in includes(path)[0]:
+            if name == "shader_source.h" or name.startswith(("kernel_source", "generated/")):
+                continue  # written by the build
+            target = (path.parent / name).resolve()
+            assert target.is_file(), f"{path}: {name}"
+            assert room_of(target) in (room, *ROOMS[room]), f"{path}: {name}"
+
+
+@pytest.mark.parametrize("pattern", HEADERS)
+def test_headers_that_a_file_must_not_include(pattern):
+    never, why = HEADERS[pattern]
+    files = files_of(pattern)
+    assert files
+    for path in files:
+        for name in includes(path)[1]:
+            assert not re.search(never, name), f"{path}: {name}: {why}"
+
+
+def names_used(path: Path) -> set[str]:
+    """Modules imported, dotted names and shifts of a Python file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute | ast.Name):
+            found.add(ast.unparse(node))
+        elif isinstance(node, ast.LShift | ast.RShift):
+            found.add("<<" if isinstance(node, ast.LShift) else ">>")
+    return found
+
+
+@pytest.mark.parametrize("pattern", NAMES)
+def test_names_that_a_python_file_must_not_use(pattern):
+    never, why = NAMES[pattern]
+    files = sorted(ROOT.glob(pattern))
+    assert files
+    for path in files:
+        broken = [name for name in names_used(path) if re.search(never, name)]
+        assert not broken, f"{path}: {broken}: {why}"
+
+
+def places_of_operators() -> dict[str, set[str]]:
+    """By operator: the folders of csrc that declare or implement it."""
+    places: dict[str, set[str]] = {}
+    forms = re.findall(r'm\.impl\("(\w+)"', (ROOT / "csrc/ops/product/operands.h").read_text())
+    for path in sorted((ROOT / "csrc").rglob("*.cpp")):
+        text = path.read_text()
+        names = re.findall(r'm\.(?:impl\(|def\(\s*)"(\w+)', text)
+        for name in names + (forms if "ProductForms<" in text else []):
+            places.setdefault(name, set()).add(path.parent.relative_to(ROOT / "csrc").as_posix())
+    return places
+
+
+def test_an_operator_touches_one_folder_of_the_front_and_one_of_each_backend():
+    """Those that only a backend has (names of its kernels, its limits) touch that one."""
+    places = places_of_operators()
+    assert {"qmm", "gather_qmm", "affine_grad", "quantize", "fake_quantize"} <= places.keys()
+    for name, folders in places.items():
+        front = folders - set(BACKENDS)
+        assert len(front) == 1 or (not front and len(folders) == 1), f"{name}: {folders}"
+
+
+def test_the_table_of_what_a_change_touches_names_what_there_is():
+    text = (ROOT / "docs/architecture.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| operator |"))
+    names = re.findall(r"`((?:csrc|torch_onebit)/[\w/.]*)`", row)
+    assert len(names) == 2  # one per language
+    for name in names:
+        assert (ROOT / name).exists(), name

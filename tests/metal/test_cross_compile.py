@@ -12,7 +12,9 @@ import toolchain
 
 MPS = mac_build.CSRC / "mps"
 SOURCES = sorted([*MPS.glob("*.cpp"), *MPS.glob("*.mm")])
-OTHER_SOURCES = sorted([*mac_build.CSRC.glob("*.cpp"), *mac_build.CSRC.glob("cpu/*.cpp")])
+OTHER_SOURCES = sorted(
+    p for folder in ("", "ops/*/", "cpu/") for p in mac_build.CSRC.glob(f"{folder}*.cpp")
+)
 
 
 def wheel(version):
