@@ -7,11 +7,10 @@ from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
-from torch_onebit import level_ops
+from torch_onebit.ops import RULES
 from torch_onebit.packing import unpack_bits
 
 ops = torch.ops.onebit
-RULES = level_ops.RULES
 
 
 def groups_of(w: Tensor, group_size: int) -> Tensor:

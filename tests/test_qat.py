@@ -16,7 +16,7 @@ from torch_onebit import (
     QATEmbedding,
     QATLinear,
     convert_,
-    level_ops,
+    ops,
     prepare_qat_,
     quantize_,
 )
@@ -57,9 +57,9 @@ def test_layer_is_linear_on_fake_quantized_weights(rule):
             layer.scales.mul_(1.3)
     x = torch.randn(3, 5, 64, dtype=torch.float64, requires_grad=True)
     if rule == "learnable":
-        w_hat = level_ops.fake_quantize_affine(layer.weight, layer.scales, layer.biases, 32)
+        w_hat = ops.fake_quantize_affine(layer.weight, layer.scales, layer.biases, 32)
     else:
-        w_hat = level_ops.fake_quantize(layer.weight, rule, 32)
+        w_hat = ops.fake_quantize(layer.weight, rule, 32)
     expected = F.linear(x, w_hat, layer.bias)
     torch.testing.assert_close(layer(x), expected)
     inputs = (x, *layer.parameters())
@@ -266,7 +266,7 @@ def test_autocast_leaves_float64_as_it_leaves_it_to_linear_layers():
     x = torch.randn(2, 64, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(
-            layer(x), F.linear(x, level_ops.fake_quantize(layer.weight, "mean", 32), layer.bias)
+            layer(x), F.linear(x, ops.fake_quantize(layer.weight, "mean", 32), layer.bias)
         )
 
 

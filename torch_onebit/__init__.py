@@ -6,7 +6,7 @@ from torch_onebit._load import load
 
 __path__ = [str(load())]
 
-from torch_onebit import averaging, level_composite, vmap
+from torch_onebit import averaging, ops
 from torch_onebit.averaging import AveragedModel
 from torch_onebit.calibration.model import calibrate_
 from torch_onebit.calibration.solver import Options as CalibrationOptions
@@ -37,8 +37,7 @@ from torch_onebit.training import (
     thaw_lora_,
 )
 
-vmap.register()
-level_composite.register()
+ops.register()
 averaging.register()
 
 try:

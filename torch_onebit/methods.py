@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torch_onebit import ops
 from torch_onebit.calibration.solver import quantize_calibrated
-from torch_onebit.level_ops import quantize_levels
+from torch_onebit.ops import quantize_levels
 
 METHODS = ("minmax", "sign", "mean", "optimal", "calibrated")
 SYMMETRIC_METHODS = ("sign", "optimal", "calibrated")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import torch_onebit
-from torch_onebit.level_ops import (
+from torch_onebit.ops import (
     RULES,
     fake_quantize,
     fake_quantize_affine,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fuzz.tensors import FLOATS, GROUP_SIZES, layout, numbers, poisoned, unpacked
-from torch_onebit.level_ops import RULES
+from torch_onebit.ops import RULES
 
 Check = Callable[[Any], None]
 

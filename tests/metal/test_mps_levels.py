@@ -9,10 +9,10 @@ import torch
 from test_mps import FLOATS, kernels_of, log, same_bits
 from torch.library import opcheck
 
-from torch_onebit import QATLinear, level_composite, level_ops
+from torch_onebit import QATLinear
+from torch_onebit.ops import RULES, levels_composite
 
 ops = torch.ops.onebit
-RULES = level_ops.RULES
 FLOAT, HALF, BFLOAT = FLOATS
 FORWARD, REVERSE, RANDOM = emulator.FORWARD, emulator.REVERSE, emulator.RANDOM
 
@@ -214,9 +214,9 @@ def test_a_layer_trains_on_mps_as_on_the_cpu(rule):
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [op.__name__ for op in level_composite._OPS])
+@pytest.mark.parametrize("name", [op.__name__ for op in levels_composite._OPS])
 def test_opcheck_on_mps_and_nothing_is_announced(name, monkeypatch):
-    monkeypatch.setattr(level_composite, "_announced", announced := set())
+    monkeypatch.setattr(levels_composite, "_announced", announced := set())
     w, levels = torch.randn(4, 64, device="mps"), torch.rand(4, 2, device="mps")
     arguments = {
         "quantize_levels": (w, "optimal", 32, torch.rand(64, device="mps")),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torch_onebit.calibration.linear_algebra import damped, not_finite, solving_device
-from torch_onebit.level_ops import quantize_levels
+from torch_onebit.ops import quantize_levels
 from torch_onebit.packing import pack_bits, unpack_bits
 
 BLOCK = 256  # columns whose flips see each other at once; the error of others follows later

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_onebit.level_ops import (
+from torch_onebit.ops import (
     fake_quantize,
     fake_quantize_affine,
     fake_quantize_affine_backward,
@@ -74,7 +74,7 @@ def latent_linear(
         x: ``[..., k]``.
         w: ``[n, k]``, any floating dtype, k a multiple of ``group_size``.
         bias: ``[n]`` or None.
-        rule: of the levels, one of ``level_ops.RULES``; unused with scales.
+        rule: of the levels, one of ``ops.RULES``; unused with scales.
         scales, biases: ``[n, k // group_size]``, both or none: levels of their own.
     Returns:
         ``[..., n]`` in the dtype of x, or of the autocast region.

@@ -5,14 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_onebit.checks import NotScriptable, check_group_size, check_kind
-from torch_onebit.level_ops import (
+from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule
+from torch_onebit.ops import (
     RULES,
     fake_quantize,
     fake_quantize_affine,
     quantize_affine,
     quantize_levels,
 )
-from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule
 from torch_onebit.qat.function import latent_linear
 
 QAT_RULES = (*RULES, "learnable")

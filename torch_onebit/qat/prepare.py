@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from torch_onebit.checks import check_level_dtype
-from torch_onebit.level_ops import quantize_levels
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
+from torch_onebit.ops import quantize_levels
 from torch_onebit.qat.layers import (
     FakeQuantize,
     LatentModule,

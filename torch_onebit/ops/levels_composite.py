@@ -1,4 +1,4 @@
-"""The operators of level_ops out of plain PyTorch, for devices that have no kernels here: right,
+"""The operators of levels.py out of plain PyTorch, for devices that have no kernels here: right,
 slow, and announced. A device with kernels never comes here.
 """
 

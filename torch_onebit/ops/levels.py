@@ -8,9 +8,13 @@ Rules, per group of weights v, all with ``bit = v > threshold``:
     optimal  the two levels and the threshold of the least squared error, exactly
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from torch_onebit.ops.batching import Dims, front, pad, stack_all
 from torch_onebit.packing import pack_bits
 
 RULES = ("minmax", "sign", "mean", "optimal")
@@ -105,3 +109,41 @@ def fake_quantize_affine_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of ``fake_quantize_affine`` for (scales, biases); that of w is grad itself."""
     return torch.ops.onebit.fake_quantize_affine_backward(grad, w, scales, biases, group_size)
+
+
+def _quantize_levels(
+    info: Any,
+    in_dims: Dims,
+    w: Tensor,
+    rule: str,
+    group_size: int,
+    importance: Tensor | None = None,
+) -> tuple[Any, Any]:
+    if importance is None:
+        return quantize_levels(front(w, in_dims[0]), rule, group_size), (0, 0, 0)
+    if in_dims[3] is None and importance.dim() == 1:  # one per column, of every w
+        w = front(w, in_dims[0])
+    else:
+        w, importance = stack_all(info.batch_size, [w, importance], [in_dims[0], in_dims[3]])
+        importance = pad(importance, True, w.dim() - 1).expand(w.shape)
+    return quantize_levels(w, rule, group_size, importance), (0, 0, 0)
+
+
+def _rowwise(op: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+    """The rule of an operator whose rows are independent and whose first arguments are tensors."""
+
+    def rule(info: Any, in_dims: Dims, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        stacked = stack_all(info.batch_size, list(args[:tensors]), list(in_dims[:tensors]))
+        result = op(*stacked, *args[tensors:], **kwargs)
+        return result, (0,) * len(result) if isinstance(result, tuple) else 0
+
+    return rule
+
+
+VMAP_RULES = {
+    "quantize_levels": _quantize_levels,
+    "fake_quantize": _rowwise(fake_quantize, 1),
+    "fake_quantize_backward": _rowwise(fake_quantize_backward, 2),
+    "fake_quantize_affine": _rowwise(fake_quantize_affine, 3),
+    "fake_quantize_affine_backward": _rowwise(fake_quantize_affine_backward, 4),
+}

@@ -1,62 +1,14 @@
-"""The operators with types and documentation; each is ``torch.ops.onebit.<name>``.
+"""Products with 1-bit weights and their gradient."""
 
-The format: bit ``b`` of a weight in group ``g`` stands for ``scales[g] * b + biases[g]``. Groups of
-32, 64 or 128 weights run along the last dimension; weight ``j`` of a row is bit ``j % 32`` of word
-``j // 32``.
-"""
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "affine_grad",
-    "dequantize",
-    "embedding",
-    "gather_qmm",
-    "linear",
-    "prepack",
-    "qmm",
-    "quantize",
-]
+from torch_onebit.ops.batching import Dims, front, pad, stack_all
 
 # linear without the call of a Python function, for modules.
 linear_op = torch.ops.onebit.linear
-
-
-def quantize(w: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize to 1 bit by MLX's min/max rule: exact for weights that already take two values.
-
-    Per group ``scale = max - min``, ``bias = min`` and ``bit = w - min > scale / 2``. For
-    real-valued weights this rule is poor; see ``torch_onebit.quantize_``.
-
-    Args:
-        w: ``[..., k]``, float32, float16, bfloat16 or float64; k a multiple of ``group_size``.
-        group_size: 32, 64 or 128.
-    Returns:
-        packed ``[..., k // 32]`` int32, scales and biases ``[..., k // group_size]`` in the dtype
-        of w.
-    Raises:
-        ValueError: an argument that the format does not allow; the message names it and its value.
-    """
-    return torch.ops.onebit.quantize(w, group_size)
-
-
-def dequantize(
-    packed: Tensor, scales: Tensor, biases: Tensor | None = None, group_size: int = 128
-) -> Tensor:
-    """Decode packed weights: ``w = round(round(bit * scale) + bias)`` in the dtype of the scales.
-
-    Args:
-        packed: ``[..., k // 32]``, int32 (or uint32, the same bits).
-        scales, biases: ``[..., k // group_size]``, one floating dtype. Without biases they are
-            ``-scales / 2``: weights of ``±scale / 2``.
-        group_size: 32, 64 or 128.
-    Returns:
-        ``[..., k]`` in the dtype of scales.
-    Raises:
-        ValueError: an argument that the format does not allow; the message names it and its value.
-    """
-    return torch.ops.onebit.dequantize(packed, scales, biases, group_size)
 
 
 def qmm(
@@ -173,29 +125,6 @@ def gather_qmm(
     )
 
 
-def embedding(
-    indices: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    biases: Tensor | None = None,
-    group_size: int = 128,
-) -> Tensor:
-    """Decode the rows that indices name.
-
-    Args:
-        indices: any shape, int32 or int64.
-        packed: ``[rows, k // 32]``; scales, biases: ``[rows, k // group_size]``; see
-            ``dequantize``.
-        group_size: 32, 64 or 128.
-    Returns:
-        ``[*indices.shape, k]`` in the dtype of scales.
-    Raises:
-        ValueError: an argument that the format does not allow; the message names it and its value.
-        IndexError: an index outside the rows.
-    """
-    return torch.ops.onebit.embedding(indices, packed, scales, biases, group_size)
-
-
 def affine_grad(
     grad: Tensor,
     x: Tensor,
@@ -223,3 +152,145 @@ def affine_grad(
     return torch.ops.onebit.affine_grad(
         grad, x, packed, lhs_indices, rhs_indices, group_size, transpose
     )
+
+
+def _qmm(
+    info: Any,
+    in_dims: Dims,
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    biases: Tensor | None,
+    group_size: int,
+    transpose: bool = True,
+) -> tuple[Tensor, int]:
+    x_dim, *weight_dims = in_dims[:4]
+    x = front(x, x_dim)
+    stacked = any(dim is not None for dim in weight_dims)
+    vector = x.dim() - (x_dim is not None) == 1
+    if not stacked and packed.dim() == 2:  # x alone: its rows fold
+        return qmm(x, packed, scales, biases, group_size, transpose), 0
+    weights: list[Tensor | None] = [packed, scales, biases]
+    if stacked:
+        weights = stack_all(info.batch_size, weights, weight_dims)
+    if vector:
+        x = x.unsqueeze(-2)
+    rank = max(x.dim() - (x_dim is not None), weights[0].dim() - stacked)
+    x = pad(x, x_dim is not None, rank)
+    weights = [t if t is None else pad(t, stacked, rank) for t in weights]
+    y = qmm(x, *weights, group_size, transpose)
+    return (y.squeeze(-2) if vector else y), 0
+
+
+def _indices(
+    info: Any, source: Tensor, source_batched: bool, indices: Tensor | None, dim: int | None
+) -> Tensor:
+    """Explicit indices ``[1 or batch, ...]`` into the matrices of source, the extra dimension among
+    them when it is batched."""
+    lead = source.shape[source_batched:-2]
+    count = lead.numel()
+    if indices is None:
+        indices = torch.arange(count, device=source.device).view(1, *lead)
+    else:
+        indices = indices.unsqueeze(0) if dim is None else indices.movedim(dim, 0)
+    if source_batched:
+        offset = torch.arange(info.batch_size, device=source.device) * count
+        indices = indices + offset.view(-1, *[1] * (indices.dim() - 1))
+    return indices
+
+
+def _gathered(
+    info: Any,
+    x: Tensor,
+    x_batched: bool,
+    packed: Tensor,
+    packed_batched: bool,
+    lhs: tuple[Tensor | None, int | None],
+    rhs: tuple[Tensor | None, int | None],
+) -> tuple[Tensor, Tensor]:
+    """lhs and rhs indices ``[batch, ...]`` of one product that holds all those of the batch."""
+    left = _indices(info, x, x_batched, *lhs)
+    right = _indices(info, packed, packed_batched, *rhs)
+    shape = torch.broadcast_shapes(left.shape[1:], right.shape[1:])
+    return tuple(pad(t, True, len(shape)).expand(info.batch_size, *shape) for t in (left, right))
+
+
+def _gather_qmm(
+    info: Any,
+    in_dims: Dims,
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    biases: Tensor | None,
+    lhs_indices: Tensor | None,
+    rhs_indices: Tensor | None,
+    group_size: int,
+    transpose: bool = True,
+    sorted_indices: bool = False,
+) -> tuple[Tensor, int]:
+    x_dim, *weight_dims = in_dims[:4]
+    x = front(x, x_dim)
+    weights: list[Tensor | None] = [packed, scales, biases]
+    stacked = any(dim is not None for dim in weight_dims)
+    if stacked:
+        weights = stack_all(info.batch_size, weights, weight_dims)
+    lhs, rhs = _gathered(
+        info,
+        x,
+        x_dim is not None,
+        weights[0],
+        stacked,
+        (lhs_indices, in_dims[4]),
+        (rhs_indices, in_dims[5]),
+    )
+    return gather_qmm(x, *weights, lhs, rhs, group_size, transpose), 0
+
+
+def _affine_grad(
+    info: Any,
+    in_dims: Dims,
+    grad: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    lhs_indices: Tensor | None,
+    rhs_indices: Tensor | None,
+    group_size: int,
+    transpose: bool = True,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    grad, x, packed = stack_all(info.batch_size, [grad, x, packed], list(in_dims[:3]))
+    if lhs_indices is not None or rhs_indices is not None:
+        lhs, rhs = _gathered(
+            info, x, True, packed, True, (lhs_indices, in_dims[3]), (rhs_indices, in_dims[4])
+        )
+        return affine_grad(grad, x, packed, lhs, rhs, group_size, transpose), (0, 0)
+    if packed.dim() == 3:  # one matrix each: the rows of x fold
+        x, grad = (t.reshape(info.batch_size, -1, t.shape[-1]) for t in (x, grad))
+    elif x.dim() == 2:  # a vector each, for a stack of matrices
+        x, grad = x.unsqueeze(-2), grad.unsqueeze(-2)
+    lead = packed.dim()
+    rank = max(x.dim(), lead) - 1
+    x, padded = pad(x, True, rank), pad(packed, True, rank)
+    sums = affine_grad(grad, x, padded, None, None, group_size, transpose)
+    return tuple(t.reshape(*packed.shape[:-1], t.shape[-1]) for t in sums), (0, 0)
+
+
+def _qmm_prepacked(
+    info: Any,
+    in_dims: Dims,
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    biases: Tensor | None,
+    prepacked: Tensor,
+    group_size: int,
+) -> tuple[Tensor, int]:
+    return _qmm(info, in_dims, x, packed, scales, biases, group_size)
+
+
+# Every operator stays one call, whatever of it is batched.
+VMAP_RULES = {
+    "qmm": _qmm,
+    "qmm_prepacked": _qmm_prepacked,
+    "gather_qmm": _gather_qmm,
+    "affine_grad": _affine_grad,
+}
