@@ -82,7 +82,7 @@ def qat_step(repetitions: int = 15) -> str:
         torch.manual_seed(0)
         model = ByteLM(Config())
         if rule:
-            torch_onebit.prepare_qat_(model, rule=rule, group_size=64)
+            torch_onebit.prepare_qat_(model, method=rule, group_size=64)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
         def step() -> None:

@@ -170,7 +170,7 @@ def qat(rule: str, *, start: str = "float32", distill: bool = False) -> Callable
     def run(bench: Bench) -> Outcome:
         model = bench.start() if start == "float32" else bench.calibrated()
         torch_onebit.prepare_qat_(
-            model, rule=rule, group_size=bench.protocol.group_size, filter_fn=in_blocks
+            model, method=rule, group_size=bench.protocol.group_size, filter_fn=in_blocks
         )
         loss_fn = bench.distillation() if distill else None
         # Targets alone are too noisy for that rate: 0.008 nats worse.

@@ -53,7 +53,7 @@ def calibrated(model: ByteLM, text: Tensor) -> ByteLM:
 
 def train_one_bit(model: ByteLM, teacher: ByteLM, text: Tensor, steps: int) -> None:
     """Train a calibrated model on, the float one as its teacher, and pack it again, in place."""
-    torch_onebit.prepare_qat_(model, rule="learnable")
+    torch_onebit.prepare_qat_(model, method="learnable")
     train(
         model,
         text,

@@ -15,6 +15,7 @@ from torch_onebit import (
     OneBitLinear,
     load_checkpoint,
     quantize_,
+    report,
     save_checkpoint,
     symmetrize_,
 )
@@ -94,11 +95,12 @@ def test_symmetric_layers_come_back_symmetric(tmp_path):
     save_checkpoint(model, tmp_path)
     plain = load_checkpoint(tmp_path, Net(tied=True))
     assert not plain.up.symmetric
-    report = symmetrize_(plain)
-    assert report.layers == ["embed", "up", "down", "head"]
-    assert report.left == []
-    assert str(report) == f"4 of 4 layers made symmetric, {report.bytes_saved:,} bytes saved"
-    assert report.bytes_saved == 4 * (40 * 2 + 128 * 2 + 64 * 4)  # a tied layer counts once
+    found = report(symmetrize_(plain))
+    assert [row.name for row in found.layers] == ["embed", "up", "down", "head"]
+    assert [row.kind for row in found.left] == [""]  # vectors
+    assert found.bytes_before - found.bytes_after == 4 * (
+        40 * 2 + 128 * 2 + 64 * 4
+    )  # a tied layer counts once
     assert_same_state(model, plain)
     assert_same_state(model, load_checkpoint(tmp_path, Net(tied=True), symmetrize=True))
 
@@ -110,9 +112,9 @@ def test_symmetrize_leaves_layers_that_it_would_change():
         model.up.biases.fill_(-float("inf"))
         model.down.biases.copy_(-model.down.scales / 2)
     before = model(IDS)
-    report = symmetrize_(model)
-    assert report.layers == ["down"]
-    assert report.left == ["embed", "up", "head"]
+    found = report(symmetrize_(model))
+    assert [row.name for row in found.layers if "symmetrize_" in row.steps] == ["down"]
+    assert [row.name for row in found.left if row.kind] == ["embed", "up", "head"]
     torch.testing.assert_close(model(IDS), before, equal_nan=True)
 
 

@@ -217,8 +217,8 @@ EXPORTED = {
     "quantized": lambda: quantize_(Net(), group_size=64),
     "levels train": lambda: thaw_levels_(quantize_(Net(), group_size=64)),
     "trained": lambda: trained(),
-    "trained, learnable": lambda: trained(rule="learnable"),
-    "trained, symmetric": lambda: trained(rule="sign", symmetric=True),
+    "trained, learnable": lambda: trained(method="learnable"),
+    "trained, symmetric": lambda: trained(method="sign", symmetric=True),
     "LoRA": lambda: add_lora_(quantize_(Net(), group_size=64)),
 }
 

@@ -109,12 +109,12 @@ MODELS = {
     ),
     "QAT linear": (lambda: QATLinear(nn.Linear(64, 8), group_size=32), rows),
     "QAT linear, learnable": (
-        lambda: QATLinear(nn.Linear(64, 8), rule="learnable", group_size=32),
+        lambda: QATLinear(nn.Linear(64, 8), method="learnable", group_size=32),
         rows,
     ),
     "QAT embedding": (lambda: QATEmbedding(nn.Embedding(20, 64, 0), group_size=32), indices),
     "QAT embedding, learnable": (
-        lambda: QATEmbedding(nn.Embedding(20, 64), rule="learnable", group_size=32),
+        lambda: QATEmbedding(nn.Embedding(20, 64), method="learnable", group_size=32),
         indices,
     ),
     "demo": (lambda: demo(lambda m: torch_onebit.quantize_(m, group_size=32)), tokens),
@@ -158,7 +158,7 @@ def levels_and_lora(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     "change, backend",
     [
-        (lambda m: torch_onebit.prepare_qat_(m, rule="learnable", group_size=32), "inductor"),
+        (lambda m: torch_onebit.prepare_qat_(m, method="learnable", group_size=32), "inductor"),
         (lambda m: torch_onebit.prepare_qat_(m, group_size=32), "aot_eager"),
         (levels_and_lora, "aot_eager"),  # Inductor would cost 20 seconds more each
     ],

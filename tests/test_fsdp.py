@@ -31,7 +31,7 @@ class Net(nn.Module):
 
 
 def qat(rule: str = "mean", **options: bool) -> nn.Module:
-    return torch_onebit.prepare_qat_(Net(**options), rule=rule, group_size=32)
+    return torch_onebit.prepare_qat_(Net(**options), method=rule, group_size=32)
 
 
 def packed(**options: bool) -> nn.Module:

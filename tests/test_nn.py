@@ -270,9 +270,7 @@ def test_tied_model_round_trips_through_safetensors(tmp_path):
 
 
 ERRORS = [
-    (lambda: OneBitLinear(100, 8), "in_features must be a multiple of group_size 128, got 100"),
     (lambda: OneBitLinear(128, 8, group_size=96), "group_size must be 32, 64 or 128, got 96"),
-    (lambda: OneBitEmbedding(8, 80, group_size=64), "embedding_dim must be a multiple"),
     (
         lambda: OneBitEmbedding(8, 64, 8, group_size=64),
         "padding_idx must be an integer within the 8 rows",

@@ -106,13 +106,14 @@ INDICES = torch.tensor([[3], [4]])
 def test_model_keeps_outputs_and_state_and_reports_bytes():
     model = Model()
     before, keys = model(INDICES), list(model.state_dict())
-    report = torch_onebit.prepack_(model)
-    assert [name for name, _, _ in report.layers] == ["up", "down"]
-    assert report.bytes_added == sum(m._prepacked.numel() for m in (model.up, model.down))
-    assert f"{report.bytes_added:,} added" in str(report)
+    assert torch_onebit.prepack_(model) is model
+    found = torch_onebit.report(model)
+    assert [row.name for row in found.layers] == ["up", "down"]
+    copies = sum(m._prepacked.numel() for m in (model.up, model.down))
+    assert found.bytes_after - found.bytes_before == copies
     assert torch.equal(model(INDICES), before) and list(model.state_dict()) == keys
-    report = torch_onebit.prepack_(model, filter_fn=lambda module, name: name == "embedding")
-    assert [name for name, _, _ in report.layers] == ["embedding"]
+    torch_onebit.prepack_(model, filter_fn=lambda module, name: name == "embedding")
+    assert [row.name for row in torch_onebit.report(model).layers] == ["up", "down", "embedding"]
     torch.testing.assert_close(model(INDICES), before)
 
 
@@ -160,8 +161,10 @@ def test_says_what_it_left_alone():
     model = nn.Sequential(
         OneBitLinear(128, 64, dtype=torch.float64), OneBitLinear(128, 64).to("meta")
     )
-    report = torch_onebit.prepack_(model)
-    assert not report.layers and [reason for _, reason in report.skipped] == [
+    with pytest.warns(UserWarning, match="prepack_ swapped nothing"):
+        torch_onebit.prepack_(model)
+    found = torch_onebit.report(model)
+    assert not found.layers and [row.reason for row in found.left if row.kind] == [
         "float64 levels",
         "on meta; prepacked weights serve the cpu",
     ]
@@ -171,9 +174,8 @@ def test_warns_where_kernels_have_no_such_form():
     isa = torch.ops.onebit.cpu_isa()
     torch.ops.onebit.set_cpu_isa("scalar")
     try:
-        with pytest.warns(UserWarning, match="scalar kernels"):
-            report = torch_onebit.prepack_(nn.Sequential(OneBitLinear(128, 64)))
-        assert report.skipped == [("0", "the scalar kernels have no prepacked form")]
+        with pytest.warns(UserWarning, match="the scalar kernels have no prepacked form"):
+            torch_onebit.prepack_(nn.Sequential(OneBitLinear(128, 64)))
         with pytest.raises(NotImplementedError, match="onebit::prepack"):
             OneBitLinear(128, 64).prepack()
     finally:

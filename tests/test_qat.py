@@ -20,8 +20,9 @@ from torch_onebit import (
     prepare_qat_,
     quantize_,
 )
+from torch_onebit.padding import fill
 
-RULES = ["mean", "sign", "optimal", "minmax", "learnable"]
+METHODS = ["mean", "sign", "optimal", "minmax", "learnable"]
 
 
 class Net(nn.Module):
@@ -49,17 +50,17 @@ def step(model, optimizer, x) -> float:
     return loss.item()
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_layer_is_linear_on_fake_quantized_weights(rule):
-    layer = QATLinear(nn.Linear(64, 8).double(), rule=rule, group_size=32)
-    if rule == "learnable":
+@pytest.mark.parametrize("method", METHODS)
+def test_layer_is_linear_on_fake_quantized_weights(method):
+    layer = QATLinear(nn.Linear(64, 8).double(), method=method, group_size=32)
+    if method == "learnable":
         with torch.no_grad():
             layer.scales.mul_(1.3)
     x = torch.randn(3, 5, 64, dtype=torch.float64, requires_grad=True)
-    if rule == "learnable":
+    if method == "learnable":
         w_hat = ops.fake_quantize_affine(layer.weight, layer.scales, layer.biases, 32)
     else:
-        w_hat = ops.fake_quantize(layer.weight, rule, 32)
+        w_hat = ops.fake_quantize(layer.weight, method, 32)
     expected = F.linear(x, w_hat, layer.bias)
     torch.testing.assert_close(layer(x), expected)
     inputs = (x, *layer.parameters())
@@ -96,10 +97,10 @@ def test_nothing_of_the_size_of_the_weight_is_kept_for_backward():
     assert sum(kept) <= 2 * 512
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("tied", [False, True])
-def test_converted_model_computes_what_the_trained_one_did(rule, tied):
-    model, x = prepare_qat_(Net(tied), rule=rule, group_size=32), tokens()
+def test_converted_model_computes_what_the_trained_one_did(method, tied):
+    model, x = prepare_qat_(Net(tied), method=method, group_size=32), tokens()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = [step(model, optimizer, x) for _ in range(8)]
     assert losses[-1] < losses[0]
@@ -118,14 +119,14 @@ def test_converted_model_computes_what_the_trained_one_did(rule, tied):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("rule", RULES)
-def test_conversion_takes_the_bits_of_the_forward_pass(rule, dtype, device):
+@pytest.mark.parametrize("method", METHODS)
+def test_conversion_takes_the_bits_of_the_forward_pass(method, dtype, device):
     """Decided in float32 by both, whatever the dtype of the weights; groups of one value too."""
-    layer = QATLinear(nn.Linear(256, 32, bias=False), rule=rule, group_size=32)
+    layer = QATLinear(nn.Linear(256, 32, bias=False), method=method, group_size=32)
     with torch.no_grad():
         layer.weight[0] = 0.25
         layer.weight[1] *= 1e-7
-        if rule == "learnable":  # a step of training: levels are no longer those of the weights
+        if method == "learnable":  # a step of training: levels are no longer those of the weights
             layer.scales.mul_(torch.empty_like(layer.scales).uniform_(-0.2, 1.4))
             layer.biases.mul_(torch.empty_like(layer.biases).uniform_(0.6, 1.4))
     layer.to(device, dtype)
@@ -140,7 +141,7 @@ def test_conversion_takes_the_bits_of_the_forward_pass(rule, dtype, device):
 
 
 def test_symmetric_conversion_has_no_biases():
-    model, x = prepare_qat_(Net(), rule="sign", group_size=32, symmetric=True), tokens()
+    model, x = prepare_qat_(Net(), method="sign", group_size=32, symmetric=True), tokens()
     expected = model(x).detach()
     convert_(model)
     assert model.body.biases is None and model.embedding.symmetric
@@ -155,12 +156,12 @@ def test_parameters_stay_the_same_objects():
     assert model.state_dict().keys() == Net().state_dict().keys()
 
 
-@pytest.mark.parametrize("rule", ["learnable", "optimal"])
+@pytest.mark.parametrize("method", ["learnable", "optimal"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_packed_models_train_on_from_what_they_are(rule, tied):
+def test_packed_models_train_on_from_what_they_are(method, tied):
     model, x = quantize_(Net(tied), group_size=32), tokens()
     before = model(x).detach()
-    prepare_qat_(model, rule=rule)
+    prepare_qat_(model, method=method)
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
     assert isinstance(model.body, QATLinear) and model.body.group_size == 32
     assert (model.head.weight is model.embedding.weight) == tied
@@ -173,26 +174,27 @@ def test_packed_models_train_on_from_what_they_are(rule, tied):
 
 def test_the_rule_follows_from_what_a_layer_is():
     net = prepare_qat_(quantize_(Net(), group_size=32, filter_fn=lambda m, n: n == "body"))
-    assert net.body.rule == "learnable" and net.body.group_size == 32
-    assert prepare_qat_(Net(), group_size=32).body.rule == "mean"
+    assert net.body.method == "learnable" and net.body.group_size == 32
+    assert prepare_qat_(Net(), group_size=32).body.method == "mean"
 
 
 def test_filter_chooses_layers_and_options():
     model = prepare_qat_(
         Net(),
         group_size=32,
-        filter_fn=lambda m, name: {"rule": "sign"} if name == "body" else name == "head",
+        filter_fn=lambda m, name: {"method": "sign"} if name == "body" else name == "head",
     )
     assert type(model.embedding) is nn.Embedding
-    assert model.body.rule == "sign" and model.head.rule == "mean"
+    assert model.body.method == "sign" and model.head.method == "mean"
 
 
 REFUSED = [  # what the filter returns for the last layer
     ({"bits": 2}, "filter_fn must return options among"),
-    ({"rule": "best"}, "rule must be one of"),
+    ({"method": "best"}, "method must be one of"),
     ({"group_size": 48}, "group_size must be 32, 64 or 128, got 48"),
-    ({"symmetric": True}, "rule must be sign for symmetric weights, got mean"),
-    ({"rule": "learnable"}, "rule must be mean, .* for a parametrized weight, got learnable"),
+    ({"symmetric": True}, "method must be mean, .* not symmetric, for a parametrized weight"),
+    ({"symmetric": True, "method": "mean"}, "method must be one of sign, learnable for symmetric"),
+    ({"method": "learnable"}, "method must be mean, .* for a parametrized weight, got learnable"),
 ]
 
 
@@ -228,9 +230,99 @@ def test_parametrized_weights_are_quantized_after_their_parametrization():
     torch.testing.assert_close(model(x), expected.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_layers_the_format_cannot_hold_are_left():
-    model = prepare_qat_(nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 4)), group_size=64)
-    assert type(model[0]) is nn.Linear and isinstance(model[1], QATLinear)
+PADDED = {
+    "linear": (lambda: nn.Linear(100, 8), lambda: torch.randn(5, 100)),
+    "embedding": (lambda: nn.Embedding(9, 100, padding_idx=0), lambda: torch.arange(9)),
+    "parametrized": (
+        lambda: parametrizations.weight_norm(nn.Linear(100, 8)),
+        lambda: torch.randn(5, 100),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["mean", "optimal", "learnable"])
+@pytest.mark.parametrize("kind", PADDED)
+def test_columns_that_no_group_divides_train_and_convert(kind, method):
+    make, data = PADDED[kind]
+    model = nn.Sequential(make())
+    if kind == "parametrized" and method == "learnable":
+        pytest.skip("parametrized weights have no levels of their own")
+    before = len(list(model.parameters()))
+    prepare_qat_(model, method=method, group_size=64)
+    x = data()
+    w = model[0].weight
+    y = model(x)
+    y.square().sum().backward()
+    assert len(list(model.parameters())) == before + 2 * (method == "learnable")
+    assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model.parameters())
+    assert w.shape[-1] == 100
+    convert_(model)
+    torch.testing.assert_close(model(x), y.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_filled_up_groups_are_those_of_plain_autograd():
+    layer = QATLinear(nn.Linear(40, 4).double(), group_size=32)
+    x = torch.randn(3, 40, dtype=torch.float64, requires_grad=True)
+    w_hat = ops.fake_quantize(fill(layer.weight, 32), "mean", 32)[:, :40]
+    expected, grad = F.linear(x, w_hat, layer.bias), torch.randn(3, 4, dtype=torch.float64)
+    inputs = (x, *layer.parameters())
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(layer(x), inputs, grad), torch.autograd.grad(expected, inputs, grad)
+    )
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_a_symmetric_packed_layer_stays_symmetric(kind):
+    make = {"linear": nn.Linear(64, 8), "embedding": nn.Embedding(8, 64)}[kind]
+    x = {"linear": torch.randn(3, 64), "embedding": torch.arange(8)}[kind]
+    model = quantize_(nn.Sequential(make), group_size=32, symmetric=True)
+    before = model(x)
+    prepare_qat_(model)
+    assert model[0].method == "learnable" and model[0].symmetric and model[0].biases is None
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).square().sum().backward()
+    assert model[0].scales.grad.any()
+    optimizer.step()
+    expected = model(x).detach()
+    convert_(model)
+    assert model[0].symmetric and model[0].biases is None
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_symmetric_works_with_the_defaults():
+    model = prepare_qat_(Net(), symmetric=True)
+    assert {m.method for m in model.modules() if isinstance(m, QATLinear)} == {"sign"}
+
+
+def test_an_embedding_keeps_its_kind_of_gradient():
+    """Sparse gradients, and those divided by counts, as nn.Embedding has them."""
+    indices, factor = torch.tensor([1, 1, 3]), torch.randn(3, 64)
+    for options in ({"sparse": True}, {"scale_grad_by_freq": True}):
+        plain = nn.Embedding(8, 64, **options)
+        model = prepare_qat_(nn.Sequential(copy.deepcopy(plain)), group_size=32, method="sign")
+        (model(indices) * factor).sum().backward()
+        grad = model[0].weight.grad
+        assert grad.is_sparse == plain.sparse
+        once = grad.to_dense()[1]
+        whole = prepare_qat_(nn.Sequential(nn.Embedding(8, 64)), group_size=32, method="sign")
+        with torch.no_grad():
+            whole[0].weight.copy_(plain.weight)
+        (whole(indices) * factor).sum().backward()
+        divided = 2 if plain.scale_grad_by_freq else 1
+        torch.testing.assert_close(once * divided, whole[0].weight.grad[1])
+        convert_(model)
+        assert {name: getattr(model[0], name) for name in options} == options
+
+
+def test_rows_keep_their_dtype_when_scales_are_half():
+    model, x = prepare_qat_(nn.Sequential(nn.Embedding(9, 64)), group_size=32), torch.arange(9)
+    expected = model(x).detach()
+    convert_(model, dtype=torch.float16)
+    assert model[0].scales.dtype == torch.float16 and model(x).dtype == torch.float32
+    torch.testing.assert_close(model(x), expected, rtol=1e-2, atol=1e-3)
+    assert model.half()(x).dtype == torch.float16
 
 
 def test_compiled_training_step_has_one_graph_and_the_same_gradients():
@@ -306,20 +398,20 @@ def test_changing_weights_between_forward_and_backward_is_refused():
         y.backward()
 
 
-def functional(kind: str, rule: str):
+def functional(kind: str, method: str):
     """(a loss of the parameters and an input, the parameters, an input) of one QAT layer."""
     if kind == "linear":
-        layer, x = QATLinear(nn.Linear(64, 8), rule=rule, group_size=32), torch.randn(3, 64)
+        layer, x = QATLinear(nn.Linear(64, 8), method=method, group_size=32), torch.randn(3, 64)
     else:
-        layer, x = QATEmbedding(nn.Embedding(9, 64), rule=rule, group_size=32), torch.arange(3)
+        layer, x = QATEmbedding(nn.Embedding(9, 64), method=method, group_size=32), torch.arange(3)
     loss = lambda p, x: torch.func.functional_call(layer, p, (x,)).square().sum()
     return loss, dict(layer.named_parameters()), x
 
 
-@pytest.mark.parametrize("rule", ["mean", "learnable"])
+@pytest.mark.parametrize("method", ["mean", "learnable"])
 @pytest.mark.parametrize("kind", ["linear", "embedding"])
-def test_functional_transforms_go_through_the_layers(kind, rule):
-    loss, parameters, x = functional(kind, rule)
+def test_functional_transforms_go_through_the_layers(kind, method):
+    loss, parameters, x = functional(kind, method)
     loss(parameters, x).backward()
     expected = {name: p.grad for name, p in parameters.items()}
     torch.testing.assert_close(torch.func.grad(loss)(parameters, x), expected)
@@ -344,10 +436,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("kind, rule", REFUSED)
-def test_forward_mode_and_second_derivatives_are_refused(kind, rule):
-    forward, second = REFUSED[kind, rule]
-    loss, parameters, x = functional(kind, rule)
+@pytest.mark.parametrize("kind, method", REFUSED)
+def test_forward_mode_and_second_derivatives_are_refused(kind, method):
+    forward, second = REFUSED[kind, method]
+    loss, parameters, x = functional(kind, method)
     call = lambda p: loss(p, x)
     detached = {name: p.detach() for name, p in parameters.items()}
     with pytest.raises(NotImplementedError, match=forward):
@@ -382,9 +474,12 @@ def test_fully_sharded_training_matches(tmp_path):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: prepare_qat_(Net(), rule="best"), "rule must be one of .*, got best"),
+        (lambda: prepare_qat_(Net(), method="best"), "method must be one of .*, got best"),
         (lambda: prepare_qat_(Net(), group_size=16), "group_size must be 32, 64 or 128, got 16"),
-        (lambda: prepare_qat_(Net(), symmetric=True), "rule must be sign .*, got mean"),
+        (
+            lambda: prepare_qat_(Net(), symmetric=True, method="mean"),
+            "method must be one of sign, learnable for symmetric weights, got mean",
+        ),
         (lambda: prepare_qat_(nn.Linear(64, 8)), "model must contain the layers .*, got Linear"),
         (
             lambda: convert_(QATLinear(nn.Linear(64, 8), group_size=32)),
@@ -394,7 +489,6 @@ def test_fully_sharded_training_matches(tmp_path):
             lambda: prepare_qat_(Net(), filter_fn=lambda m, name: {"bits": 1}),
             r"filter_fn must return options among .*, got \['bits'\]",
         ),
-        (lambda: QATLinear(nn.Linear(48, 8), group_size=32), "columns must be .* 32, got 48"),
         (
             lambda: QATEmbedding(nn.Embedding(8, 64, max_norm=1.0), group_size=32),
             "embedding must have no max_norm, got 1.0",

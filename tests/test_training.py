@@ -123,10 +123,12 @@ AVERAGES = {
 }
 
 
-@pytest.mark.parametrize("use_buffers", [False, True])
+OURS_OR_TORCHS = [(AveragedModel, True), (AveragedModel, False), (swa_utils.AveragedModel, False)]
+
+
 @pytest.mark.parametrize("average", AVERAGES)
-@pytest.mark.parametrize("cls", [AveragedModel, swa_utils.AveragedModel], ids=["ours", "torch's"])
-def test_packed_words_are_never_averaged(cls, average, use_buffers):
+@pytest.mark.parametrize("cls, use_buffers", OURS_OR_TORCHS)
+def test_packed_words_are_never_averaged(cls, use_buffers, average):
     model = nn.Sequential(OneBitLinear(64, 64, group_size=32), nn.BatchNorm1d(64))
     averaged = cls(model, use_buffers=use_buffers, **AVERAGES[average])
     for _ in range(3):
@@ -134,28 +136,28 @@ def test_packed_words_are_never_averaged(cls, average, use_buffers):
         with torch.no_grad():
             model[0].scales.add_(1.0)
         averaged.update_parameters(model)
+    assert type(averaged) is cls
     assert torch.equal(averaged.module[0].weight, model[0].weight)
     assert not torch.equal(averaged.module[0].scales, model[0].scales)
     same = torch.equal(averaged.module[1].running_mean, model[1].running_mean)
     assert same != use_buffers
 
 
-def test_averaged_model_survives_copies_and_leaves_other_models_alone():
-    averaged = swa_utils.AveragedModel(packed_model(), use_buffers=True)
-    for copied in (copy.deepcopy(averaged), pickle.loads(pickle.dumps(averaged))):
-        for _ in range(3):
-            copied.update_parameters(averaged.module)
-        assert torch.equal(copied.module[0].weight, averaged.module[0].weight)
-    assert type(swa_utils.AveragedModel(nn.Linear(2, 2))) is swa_utils.AveragedModel
+COPIES = {
+    "itself": lambda m: m,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+}
 
 
-def test_another_class_that_averages_is_refused():
-    class Mine(swa_utils.AveragedModel):
-        pass
-
-    Mine(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"must derive from torch_onebit.AveragedModel, got Mine"):
-        Mine(packed_model())
+@pytest.mark.parametrize("how", COPIES)
+def test_torchs_average_of_buffers_is_refused_for_packed_layers(how):
+    model = packed_model()
+    averaged = COPIES[how](swa_utils.AveragedModel(model, use_buffers=True))
+    with pytest.raises(ValueError, match=r"use_buffers must be False .*\.AveragedModel"):
+        averaged.update_parameters(model)
+    plain = swa_utils.AveragedModel(nn.Linear(2, 2), use_buffers=True)
+    plain.update_parameters(nn.Linear(2, 2))  # other models are none of our business
 
 
 def test_latent_weights_are_averaged():

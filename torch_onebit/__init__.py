@@ -6,14 +6,16 @@ from torch_onebit._load import load
 
 __path__ = [str(load())]
 
-from torch_onebit import averaging, ops
+from torch_onebit import flops, nested, ops
 from torch_onebit.averaging import AveragedModel
 from torch_onebit.calibration.model import calibrate_
+from torch_onebit.calibration.report import CalibrationReport
 from torch_onebit.calibration.solver import Options as CalibrationOptions
+from torch_onebit.distillation import Distillation, distillation_loss
 from torch_onebit.loading import load_checkpoint, load_gguf
+from torch_onebit.lora import LoRALinear, add_lora_
 from torch_onebit.methods import METHODS, quantize_weight
-from torch_onebit.model import QuantizeReport, dequantize_, quantize_
-from torch_onebit.nn import OneBitEmbedding, OneBitLinear
+from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
 from torch_onebit.onnx_export import onnx_translations
 from torch_onebit.ops import (
     affine_grad,
@@ -24,21 +26,25 @@ from torch_onebit.ops import (
     prepack,
     qmm,
     quantize,
+    quantize_levels,
 )
-from torch_onebit.prepack import PrepackReport, prepack_
-from torch_onebit.qat import QATEmbedding, QATLinear, convert_, prepare_qat_
-from torch_onebit.saving import export_gguf, save_checkpoint
-from torch_onebit.symmetric import SymmetrizeReport, symmetrize_
-from torch_onebit.training import (
-    Distillation,
-    LoRALinear,
-    add_lora_,
+from torch_onebit.packing import pack_bits, unpack_bits
+from torch_onebit.parameters import (
+    ParameterCount,
+    count_parameters,
+    parameter_groups,
     thaw_levels_,
     thaw_lora_,
 )
+from torch_onebit.prepacking import prepack_
+from torch_onebit.qat import QATEmbedding, QATLinear, convert_, prepare_qat_
+from torch_onebit.quantizing import dequantize_, quantize_
+from torch_onebit.reports import LayerRow, LeftRow, Report, report
+from torch_onebit.saving import export_gguf, save_checkpoint
+from torch_onebit.symmetric import symmetrize_
 
-ops.register()
-averaging.register()
+for rules in (ops, nested, flops):
+    rules.register()
 
 try:
     __version__ = version("torch_onebit")
@@ -49,21 +55,26 @@ __all__ = [
     "METHODS",
     "AveragedModel",
     "CalibrationOptions",
+    "CalibrationReport",
     "Distillation",
+    "LayerRow",
+    "LeftRow",
     "LoRALinear",
     "OneBitEmbedding",
     "OneBitLinear",
-    "PrepackReport",
+    "OneBitModule",
+    "ParameterCount",
     "QATEmbedding",
     "QATLinear",
-    "QuantizeReport",
-    "SymmetrizeReport",
+    "Report",
     "add_lora_",
     "affine_grad",
     "calibrate_",
     "convert_",
+    "count_parameters",
     "dequantize",
     "dequantize_",
+    "distillation_loss",
     "embedding",
     "export_gguf",
     "gather_qmm",
@@ -71,15 +82,21 @@ __all__ = [
     "load_checkpoint",
     "load_gguf",
     "onnx_translations",
+    "pack_bits",
+    "parameter_groups",
     "prepack",
     "prepack_",
     "prepare_qat_",
     "qmm",
     "quantize",
     "quantize_",
+    "quantize_levels",
     "quantize_weight",
+    "report",
     "save_checkpoint",
     "symmetrize_",
     "thaw_levels_",
     "thaw_lora_",
+    "tie",
+    "unpack_bits",
 ]

@@ -32,11 +32,11 @@ def check_count(name: str, value: Any, least: int = 0) -> None:
     _check(integer, integer and value >= least, message)
 
 
-def check_level_dtype(dtype: torch.dtype | None) -> None:
+def check_level_dtype(dtype: Any, name: str = "dtype") -> None:
     _check(
         dtype is None or isinstance(dtype, torch.dtype),
         dtype is None or dtype in LEVEL_DTYPES,
-        f"dtype must be float32, float16, bfloat16 or float64, got {dtype!r}",
+        f"{name} must be float32, float16, bfloat16 or float64, got {dtype!r}",
     )
 
 
@@ -46,6 +46,11 @@ def check_callable(name: str, value: Any) -> None:
 
 def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], words: str) -> None:
     _check(isinstance(value, kinds), True, f"{name} must be {words}, got {type(value).__name__}")
+
+
+def check_skip(skip: Any) -> None:
+    patterns = not isinstance(skip, str) and all(isinstance(pattern, str) for pattern in skip)
+    _check(patterns, True, f"skip must be a list of patterns of names, got {skip!r}")
 
 
 def check_model(model: Any) -> None:

@@ -10,11 +10,14 @@ docs/which_method.md has what each is worth.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torch_onebit import ops
 from torch_onebit.calibration.solver import quantize_calibrated
+from torch_onebit.checks import check_group_size
 from torch_onebit.ops import quantize_levels
+from torch_onebit.padding import fill, missing
 
 METHODS = ("minmax", "sign", "mean", "optimal", "calibrated")
 SYMMETRIC_METHODS = ("sign", "optimal", "calibrated")
@@ -42,7 +45,8 @@ def quantize_weight(
     """Quantize a matrix to 1 bit by a method.
 
     Args:
-        w: ``[n, k]``, any floating dtype; k a multiple of ``group_size``.
+        w: ``[n, k]``, any floating dtype; where ``group_size`` does not divide k, the last group is
+            filled up, by columns that count nothing or, for "minmax" and "mean", repeat its own.
         method: one of ``METHODS``.
         group_size: 32, 64 or 128.
         symmetric: weights of ``±scale / 2``: no biases.
@@ -50,8 +54,8 @@ def quantize_weight(
             such as the mean of ``x**2`` over inputs x.
         moments: ``[k, k]``, for "calibrated" and required there: the mean of ``x x^T``.
     Returns:
-        packed ``[n, k // 32]`` int32, scales and biases ``[n, k // group_size]`` in the dtype of w;
-        biases are None in the symmetric form.
+        packed ``[n, k // 32]`` int32, scales and biases ``[n, k // group_size]`` in the dtype of w,
+        k rounded up to whole groups; biases are None in the symmetric form.
     Raises:
         ValueError: an argument that is not allowed; the message names it and its value.
     """
@@ -61,8 +65,15 @@ def quantize_weight(
             "moments must be given for method calibrated and for no other "
             f"(torch_onebit.calibrate_ collects them), got {_given(moments)} for {method}"
         )
+    check_group_size(group_size)
     if method == "calibrated":
         return quantize_calibrated(w, moments, group_size, symmetric=symmetric)
+    lacking = missing(w.shape[-1], group_size)
+    if lacking:
+        if method in ("sign", "optimal"):
+            given = w.new_ones(w.shape[-1]) if importance is None else importance
+            importance = F.pad(given, (0, lacking))
+        w = fill(w, group_size)
     if method == "minmax":
         if importance is not None:
             raise ValueError("importance must be None for method minmax, got a tensor")

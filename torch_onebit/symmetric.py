@@ -1,52 +1,57 @@
 """symmetrize_: 1.125 instead of 1.25 bits per weight, where that changes nothing."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
-from torch_onebit.checks import check_model
 from torch_onebit.nn import OneBitModule
+from torch_onebit.surgery import FilterFn, swap_
 
 
-@dataclass
-class SymmetrizeReport:
-    """Names of the layers that became symmetric, and of those whose biases say otherwise."""
-
-    layers: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
-    bytes_saved: int = 0
-
-    def __str__(self) -> str:
-        of = len(self.layers) + len(self.left)
-        return f"{len(self.layers)} of {of} layers made symmetric, {self.bytes_saved:,} bytes saved"
-
-
-def symmetrize_(model: nn.Module) -> SymmetrizeReport:
+def symmetrize_(
+    model: nn.Module,
+    *,
+    filter_fn: FilterFn | None = None,
+    skip: Iterable[str] = (),
+    progress: bool = True,
+) -> nn.Module:
     """Drop the biases of every 1-bit layer where they are exactly ``-scales / 2``, in place.
 
     The layers compute the same numbers from 1.125 bits per weight at group 128 (float16 levels),
-    not 1.25. Published 1-bit checkpoints and every GGUF Q1_0 tensor are of this form.
+    not 1.25. Published 1-bit checkpoints and every GGUF Q1_0 tensor are of this form. What was done
+    is in ``report(model)``.
 
+    Args:
+        model: the model; not itself a layer (use its ``drop_biases_``).
+        filter_fn, skip, progress: as in ``quantize_``; there are no options for a layer.
     Returns:
-        a report; ``print`` shows how many layers it could do.
+        model.
+    Raises:
+        ValueError: a model that is itself a layer.
+        TypeError: an argument of the wrong kind.
+    Warns:
+        UserWarning: nothing was changed, or a pattern of skip that no layer matches.
     """
-    check_model(model)
-    report = SymmetrizeReport()
-    decided: dict[int, bool] = {}  # by identity of the biases: tied layers share them
-    for name, module in model.named_modules():
-        if not isinstance(module, OneBitModule) or module.biases is None:
-            continue
-        biases = module.biases
-        if id(biases) not in decided:
-            decided[id(biases)] = _redundant(module)
-            if decided[id(biases)]:
-                report.bytes_saved += biases.numel() * biases.element_size()
-        if decided[id(biases)]:
-            module.drop_biases_()
-            report.layers.append(name)
-        else:
-            report.left.append(name)
-    return report
+    known: dict[int, bool] = {}  # by identity of the biases: tied layers share them
+
+    def check(layer: OneBitModule, options: dict[str, Any]) -> str | None:
+        if layer.biases is None:
+            return "it is symmetric already"
+        redundant = known.setdefault(id(layer.biases), _redundant(layer))
+        return None if redundant else "its biases are not -scales / 2"
+
+    return swap_(
+        "symmetrize_",
+        model,
+        lambda module: isinstance(module, OneBitModule),
+        lambda layer: layer.drop_biases_,
+        check=check,
+        filter_fn=filter_fn,
+        skip=skip,
+        progress=progress,
+        hint=": use its drop_biases_",
+    )
 
 
 def _redundant(module: OneBitModule) -> bool:

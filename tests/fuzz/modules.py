@@ -56,7 +56,9 @@ class Pair:
             model[1].weight = model[0].weight
         if kind == "trained":
             rule = "sign" if symmetric else choose.choice(["mean", "sign", "optimal", "learnable"])
-            torch_onebit.prepare_qat_(model, rule=rule, group_size=group_size, symmetric=symmetric)
+            torch_onebit.prepare_qat_(
+                model, method=rule, group_size=group_size, symmetric=symmetric
+            )
             return torch_onebit.convert_(model)
         method = choose.choice(["optimal", "sign"] if symmetric else ROUND_TRIP_METHODS)
         return torch_onebit.quantize_(

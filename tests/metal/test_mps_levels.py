@@ -204,7 +204,7 @@ def test_any_layout_gives_what_the_cpu_does(layout):
 
 @pytest.mark.parametrize("rule", [*RULES, "learnable"])
 def test_a_layer_trains_on_mps_as_on_the_cpu(rule):
-    start, x = QATLinear(torch.nn.Linear(128, 8), rule=rule, group_size=64), torch.randn(3, 128)
+    start, x = QATLinear(torch.nn.Linear(128, 8), method=rule, group_size=64), torch.randn(3, 128)
     gradients = []
     for device in ("cpu", "mps"):
         layer = copy.deepcopy(start).to(device)

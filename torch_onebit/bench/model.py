@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torch_onebit.bench.measure import SPIN
 from torch_onebit.nn import OneBitLinear
-from torch_onebit.prepack import prepack_
+from torch_onebit.prepacking import prepack_
 
 
 @dataclass

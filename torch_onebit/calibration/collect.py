@@ -113,7 +113,7 @@ class Collector:
         jobs, left = list(group), LIMIT
         for job in following:
             rows, itemsize = self.seen.uses[job.name].rows, job.layer.weight.element_size()
-            left -= 2 * rows * job.layer.weight.shape[0] * itemsize
+            left -= 2 * rows * job.swap.shape[0] * itemsize
             if left < 0 or self.seen.uses[job.name].loops:
                 break
             jobs.append(job)
@@ -181,10 +181,8 @@ class _Sums:
     def __init__(self, group: list[Job]) -> None:
         self.first = group[0].name
         weight = group[0].layer.weight
-        self.inputs = InputMoments(weight.shape[1], weight.device)
-        self.outputs = {
-            job.name: OutputMoments(job.layer.weight.shape[0], self.inputs) for job in group
-        }
+        self.inputs = InputMoments(group[0].swap.shape[1], weight.device)
+        self.outputs = {job.name: OutputMoments(job.swap.shape[0], self.inputs) for job in group}
         self.in_step = True
         self.calls = 0  # of this batch
         self.shifted: Tensor | None = None

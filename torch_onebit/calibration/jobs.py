@@ -1,28 +1,30 @@
 """The layers to quantize, everywhere they are used, and putting 1-bit ones in their places."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_onebit import surgery
 from torch_onebit.calibration.layer import Result
 from torch_onebit.calibration.linear_algebra import not_finite
-from torch_onebit.calibration.report import CalibrationReport
-from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
-from torch_onebit.surgery import FilterFn, layer_options, obstacle, places
-from torch_onebit.training import LoRALinear
+from torch_onebit.float_layers import is_embedding, is_linear, obstacle
+from torch_onebit.lora import LoRALinear
+from torch_onebit.nn import OneBitEmbedding, OneBitLinear, tie
+from torch_onebit.surgery import FilterFn, Surgery
 
 
 class Job:
     """A layer to quantize."""
 
-    def __init__(self, name: str, layer: nn.Module, options: dict[str, Any], reason: str) -> None:
-        self.names = [name]  # all of it
-        self.layer = layer
-        self.group_size: int = options["group_size"]
-        self.symmetric: bool = options["symmetric"]
+    def __init__(self, swap: surgery.Job, reason: str) -> None:
+        self.swap = swap
+        self.names = swap.names  # all of it
+        self.layer = swap.layer
+        self.group_size: int = swap.options["group_size"]
+        self.symmetric: bool = swap.options["symmetric"]
         self.reason = reason  # why it cannot be calibrated; empty when it can
 
     @property
@@ -34,13 +36,20 @@ class Job:
         levels = result.packed, result.scales, result.biases
         options = {"group_size": self.group_size}
         if isinstance(self.layer, nn.Embedding):
-            new: nn.Module = OneBitEmbedding.from_packed(*levels, self.layer.padding_idx, **options)
+            new: nn.Module = OneBitEmbedding.from_packed(
+                *levels,
+                self.layer.padding_idx,
+                embedding_dim=self.layer.embedding_dim,
+                scale_grad_by_freq=self.layer.scale_grad_by_freq,
+                sparse=self.layer.sparse,
+                **options,
+            )
             return new.train(self.layer.training)
         bias = self.layer.bias
         if bias is not None:
             value = bias.detach().clone() if result.bias is None else result.bias
             bias = nn.Parameter(value, requires_grad=bias.requires_grad)
-        new = OneBitLinear.from_packed(*levels, bias, **options)
+        new = OneBitLinear.from_packed(*levels, bias, in_features=self.swap.shape[1], **options)
         if result.lora_a is not None:
             new = LoRALinear(new, rank=len(result.lora_a))
             with torch.no_grad():
@@ -52,37 +61,34 @@ class Job:
 def find_jobs(
     model: nn.Module,
     filter_fn: FilterFn | None,
+    skip: Iterable[str],
     defaults: dict[str, Any],
-    report: CalibrationReport,
-) -> list[Job]:
-    """Every nn.Linear and nn.Embedding that the filter accepts and the format can hold.
+) -> tuple[Surgery, list[Job]]:
+    """Every linear layer and embedding that is not left out, and the operation that swaps them.
 
     Raises:
         ValueError: an option that is not allowed, or weights that are not finite.
     """
-    found = list(places(model, lambda module: type(module) in (nn.Linear, nn.Embedding)))
-    owners: dict[int, set[int]] = {}  # layers by the identity of their weight
-    for _, _, _, layer in found:
-        owners.setdefault(id(layer.weight), set()).add(id(layer))
-    jobs: dict[int, Job] = {}
-    for name, _, _, layer in found:
-        options = layer_options(filter_fn, layer, name, defaults)
-        if options is None:
-            continue
-        hindrance = obstacle(layer, options["group_size"])
-        if hindrance:
-            report.skipped.append((name, hindrance))
-        elif id(layer) in jobs:
-            jobs[id(layer)].names.append(name)
-        else:
-            _check_finite(layer, name)
-            reason = "embedding" if isinstance(layer, nn.Embedding) else ""
-            if not layer.weight.numel():
-                reason = "no weights"
-            elif not reason and len(owners[id(layer.weight)]) > 1:
-                reason = "shared weight"
-            jobs[id(layer)] = Job(name, layer, options, reason)
-    return list(jobs.values())
+    plan = Surgery(
+        "calibrate_",
+        model,
+        lambda module: is_linear(module) or is_embedding(module),
+        check=lambda layer, options: obstacle(layer),
+        defaults=defaults,
+        filter_fn=filter_fn,
+        skip=skip,
+        hint=": use quantize_weight",
+    )
+    jobs = []
+    for swap in plan.jobs:
+        _check_finite(swap.layer, swap.name)
+        reason = "embedding" if isinstance(swap.layer, nn.Embedding) else ""
+        if not swap.layer.weight.numel():
+            reason = "no weights"
+        elif not reason and swap.twins:
+            reason = "shared weight"
+        jobs.append(Job(swap, reason))
+    return plan, jobs
 
 
 def _check_finite(layer: nn.Module, name: str) -> None:
@@ -102,33 +108,26 @@ def put(model: nn.Module, names: list[str], module: nn.Module) -> None:
         setattr(model.get_submodule(prefix), attribute, module)
 
 
-def install(model: nn.Module, new: Mapping[Job, nn.Module]) -> None:
+def install(plan: Surgery, new: Mapping[Job, nn.Module]) -> None:
     """Put the new layers in their places, in place: all of them or, should one fail, none.
 
     Layers whose weight was one are tied. A calibrated bias is written into the bias Parameter of
     the float layer, which the new layer takes over, unless two layers share that.
     """
     users = Counter(id(getattr(job.layer, "bias", None)) for job in new)
-    first: dict[int, OneBitModule] = {}
     biases: list[tuple[Tensor, Tensor]] = []
     for job, module in new.items():
         packed = module.base if isinstance(module, LoRALinear) else module
-        owner = first.setdefault(id(job.layer.weight), packed)
-        if owner is not packed:
-            tie(owner, packed)
+        job.swap.new = module
         bias = getattr(packed, "bias", None)
         if bias is not None and users[id(job.layer.bias)] == 1:
             biases.append((job.layer.bias, bias.detach()))
             packed.bias = job.layer.bias
-    done: list[Job] = []
-    try:
+    with plan:
+        plan.share(tie)
         for job, module in new.items():
-            done.append(job)
-            put(model, job.names, module)
-    except BaseException:
-        for job in done:
-            put(model, job.names, job.layer)
-        raise
+            plan.install(job.swap, module)
     with torch.no_grad():
         for bias, value in biases:
             bias.copy_(value)
+    plan.finish()

@@ -10,14 +10,17 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_onebit import ops
 from torch_onebit.calibration.linear_algebra import cholesky, damping_of, solving_device
 from torch_onebit.calibration.moments import InputMoments, OutputMoments
 from torch_onebit.calibration.solver import Options, solve
+from torch_onebit.float_layers import matrix
 from torch_onebit.methods import quantize_weight
 from torch_onebit.packing import pack_bits
+from torch_onebit.padding import fill, missing
 
 
 @dataclass
@@ -50,9 +53,9 @@ class Normal:
 @torch.no_grad()
 def without_data(layer: nn.Module, group_size: int, symmetric: bool, note: str) -> Result:
     """By method "optimal"."""
-    w = layer.weight
+    w = matrix(layer)
     levels = quantize_weight(w, "optimal", group_size, symmetric=symmetric)
-    w_hat = ops.dequantize(*levels, group_size)
+    w_hat = ops.dequantize(*levels, group_size)[:, : w.shape[1]]
     return Result(*levels, weight_error=relative(_energy(w_hat - w), _energy(w)), note=note)
 
 
@@ -72,15 +75,16 @@ def calibrate_layer(
     right, 1 when they might as well be 0, infinite when t is 0 and y is not.
     """
     home, bias = layer.weight.device, layer.bias
-    w = layer.weight.to(normal.h.device)
+    w = matrix(layer).to(normal.h.device)
     c = outputs.second(centred=bias is not None)
     wanted = (c + w.double() * normal.damping).float()
     start = torch.cholesky_solve(wanted.t(), normal.root.float()).t()
+    h = normal.damped.float()
     bits, scales, biases = solve(
-        start, wanted, normal.damped.float(), group_size, symmetric, options
+        *filled(start, wanted, h, normal.damping, group_size), group_size, symmetric, options
     )
     levels = (pack_bits(bits), scales.to(w.dtype), None if symmetric else biases.to(w.dtype))
-    w_hat = ops.dequantize(*levels, group_size).double()
+    w_hat = ops.dequantize(*levels, group_size)[:, : w.shape[1]].double()
     lora_a = lora_b = None
     if rank:
         exact = torch.cholesky_solve(wanted.double().t(), normal.root).t()
@@ -111,6 +115,20 @@ def calibrate_layer(
         lora_a=back(lora_a),
         lora_b=back(lora_b),
     )
+
+
+def filled(
+    start: Tensor, wanted: Tensor, h: Tensor, damping: float, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """start, wanted and h of ``solve`` with the last group filled up, by columns of no input: what
+    there is of them is the damping, which keeps their weights near those they repeat."""
+    lacking = missing(len(h), group_size)
+    if not lacking:
+        return start, wanted, h
+    whole = fill(start, group_size)
+    h = F.pad(h, (0, lacking, 0, lacking))
+    h.diagonal()[-lacking:] = float(damping)
+    return whole, torch.cat([wanted, whole[:, -lacking:] * damping], 1).to(wanted.dtype), h
 
 
 def _low_rank(error: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ def calibrate_(
     group_size: int = 128,
     symmetric: bool = False,
     filter_fn: FilterFn | None = None,
+    skip: Iterable[str] = (),
     lora_rank: int = 0,
     options: Options | None = None,
     checkpoint: str | Path | None = None,
@@ -62,6 +63,7 @@ def calibrate_(
         symmetric: store no biases; weights are ``±scale / 2``.
         filter_fn: ``filter_fn(module, name)`` is false to leave the layer, true to quantize it, or
             a dict of ``group_size`` and ``symmetric`` for this layer.
+        skip: patterns of names to leave, as in ``quantize_``.
         lora_rank: put a low-rank product of this rank beside every calibrated layer
             (``LoRALinear``) that makes up for most of the error left; 0 for none.
         options: rounds, sweeps and damping of the solver.
@@ -76,15 +78,11 @@ def calibrate_(
             batches give a layer, or a checkpoint of another run.
     """
     check_method("calibrated", symmetric)
-    if isinstance(model, nn.Linear | nn.Embedding):
-        raise ValueError(
-            f"model must contain the layers to swap, got {type(model).__name__} itself"
-        )
     check_count("lora_rank", lora_rank)
     options = options or Options()
     report = CalibrationReport()
     defaults = {"group_size": group_size, "symmetric": symmetric}
-    jobs = find_jobs(model, filter_fn, defaults, report)
+    plan, jobs = find_jobs(model, filter_fn, skip, defaults)
     calls, report.batches = as_calls(model, batches)
     with _no_fast_path():
         reference = _eval_copy(model, jobs)
@@ -112,6 +110,12 @@ def calibrate_(
                 if not saved:
                     store.save(len(new), result)
                 report.layers.append(_row(job, result))
+                job.swap.note = result.note
+                job.swap.figures = {
+                    "weight_error": result.weight_error,
+                    "output_error": result.output_error,
+                    "seconds": result.seconds,
+                }
                 new[job] = job.make(result)
                 layer = job.make(result).eval()
                 if job.reason:
@@ -120,7 +124,7 @@ def calibrate_(
                     collector.installed(job, layer)
                 bar.finish(job, fresh=not saved)
         bar.close()
-    install(model, new)
+    install(plan, new)
     return report
 
 
@@ -169,7 +173,7 @@ def _lap(start: float) -> tuple[float, float]:
 def _row(job: Job, result: Result) -> CalibrationRow:
     return CalibrationRow(
         job.name,
-        tuple(job.layer.weight.shape),
+        job.swap.shape,
         result.weight_error,
         result.output_error,
         result.seconds,
@@ -215,7 +219,7 @@ def _no_fast_path() -> Iterator[None]:
 
 def _cost(job: Job, seen: Survey, options: Options) -> float:
     """Multiply-adds of a layer, those of small systems counted as often as they take longer."""
-    n, k = job.layer.weight.shape
+    n, k = job.swap.shape
     if job.reason:
         return 50.0 * n * k
     rows, groups = seen.uses[job.name].rows, k / job.group_size

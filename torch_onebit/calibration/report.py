@@ -20,10 +20,12 @@ class CalibrationRow:
 
 @dataclass
 class CalibrationReport:
-    """Layers in the order they were calibrated. ``print(report)`` shows a table."""
+    """Layers in the order they were calibrated. ``print(report)`` shows a table.
+
+    What stayed float, and why, is in ``torch_onebit.report(model)``, with these figures.
+    """
 
     layers: list[CalibrationRow] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     chains: list[str] = field(default_factory=list)  # run block by block, not from the start
     batches: str = ""  # what was made of them
 
@@ -53,5 +55,4 @@ class CalibrationReport:
                 "just what the one before returned (slower, results are the same; a cache of keys "
                 "and values is a common reason: use_cache=False)"
             )
-        lines += [f"left as it was: {name} ({reason})" for name, reason in self.skipped]
         return "\n".join(lines)

@@ -15,11 +15,13 @@ group_size)^3`` for its solves and ``n k^2`` per sweep of the descent.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torch_onebit.calibration.linear_algebra import damped, not_finite, solving_device
 from torch_onebit.ops import quantize_levels
 from torch_onebit.packing import pack_bits, unpack_bits
+from torch_onebit.padding import fill, missing
 
 BLOCK = 256  # columns whose flips see each other at once; the error of others follows later
 SYSTEM_VALUES = 1 << 24  # of all least-squares systems of a chunk: 128 MB
@@ -52,13 +54,13 @@ def quantize_calibrated(
     Deterministic, also in the number of threads to float rounding.
 
     Args:
-        w: ``[n, k]``, k a multiple of ``group_size``.
+        w: ``[n, k]``; where ``group_size`` does not divide k, the last group is filled up.
         moments: ``[k, k]``, mean of ``x x^T`` over calibration inputs.
         group_size: 32, 64 or 128.
         symmetric: weights of ``±scale / 2``: no biases.
     Returns:
-        packed ``[n, k // 32]`` int32, scales and biases ``[n, k // group_size]`` in the dtype of w;
-        biases are None in the symmetric form.
+        packed ``[n, k // 32]`` int32, scales and biases ``[n, k // group_size]`` in the dtype of w,
+        k rounded up to whole groups; biases are None in the symmetric form.
     Raises:
         ValueError: moments of another shape, NaN or Inf, or a w that the format does not allow.
     """
@@ -73,6 +75,9 @@ def quantize_calibrated(
             raise ValueError(f"{name} must be finite, got {not_finite(values)}")
     device, dtype = w.device, w.dtype
     w, moments = w.to(solving_device(device)).float(), moments.to(solving_device(device)).double()
+    lacking = missing(w.shape[1], group_size)
+    if lacking:  # columns of no input but the damping, near those they repeat
+        w, moments = fill(w, group_size), F.pad(moments, (0, lacking, 0, lacking))
     h = damped(moments, options.damping).float()
     bits, scales, biases = solve(w, w @ h, h, group_size, symmetric, options)
     packed, scales = pack_bits(bits).to(device), scales.to(device, dtype)

@@ -6,17 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from torch_onebit.checks import check_kind, check_packed
+from torch_onebit.float_layers import is_conv1d, matrix
 from torch_onebit.methods import quantize_weight
-from torch_onebit.nn.weight import OneBitModule, uniform_std
+from torch_onebit.nn.weight import OneBitModule, stored_columns, uniform_std
 from torch_onebit.ops import linear_op
-from torch_onebit.packing import WORD_BITS
+from torch_onebit.padding import pad_rows
 
 
 class OneBitLinear(OneBitModule):
     """``y = x @ w.T + bias`` with w packed to one bit per weight; a drop-in for ``nn.Linear``.
 
     Args:
-        in_features: k, a multiple of ``group_size``.
+        in_features: k; where ``group_size`` does not divide it, the last group is filled up.
         out_features: n.
         bias: whether there is a ``bias`` ``[n]``, trainable as in ``nn.Linear``.
         group_size: weights that share a scale: 32, 64 or 128.
@@ -25,7 +26,8 @@ class OneBitLinear(OneBitModule):
     Shape:
         x ``[..., k]`` to y ``[..., n]`` in the dtype of x.
     Raises:
-        ValueError: a group size or a k that the format does not allow.
+        ValueError: a group size that the format does not allow, or a negative size.
+        TypeError: an argument of the wrong kind.
     """
 
     rows_name, columns_name = "out_features", "in_features"
@@ -65,6 +67,8 @@ class OneBitLinear(OneBitModule):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._lacking:
+            x = pad_rows(x, self._lacking)
         prepacked = self._prepacked_now()
         own = self._parameters
         try:  # a third of the time of nn.Module's attributes, 1.3 us a call
@@ -87,23 +91,28 @@ class OneBitLinear(OneBitModule):
     ) -> "OneBitLinear":
         """Quantize an ``nn.Linear``; its ``bias`` parameter is taken over, not copied.
 
+        GPT-2's ``Conv1D`` of transformers, whose weight is the transpose, is taken too.
+
         Args:
             method, importance, moments: as in ``quantize_weight``. "minmax" gives MLX's bits, for
                 weights that are already binary; "calibrated" needs moments.
         Raises:
-            ValueError: a group size or an ``in_features`` that the format does not allow, or a
-                method that does not exist or lacks what it needs.
+            ValueError: a group size that the format does not allow, or a method that does not
+                exist or lacks what it needs.
+            TypeError: another kind of layer.
         """
-        check_kind("linear", linear, nn.Linear, "an nn.Linear")
+        if not is_conv1d(linear):
+            check_kind("linear", linear, nn.Linear, "an nn.Linear")
+        w = matrix(linear)
         packed = quantize_weight(
-            linear.weight,
+            w,
             method,
             group_size,
             symmetric=symmetric,
             importance=importance,
             moments=moments,
         )
-        layer = cls.from_packed(*packed, linear.bias, group_size=group_size)
+        layer = cls.from_packed(*packed, linear.bias, group_size=group_size, in_features=w.shape[1])
         return layer.train(linear.training)
 
     @classmethod
@@ -115,6 +124,7 @@ class OneBitLinear(OneBitModule):
         bias: Tensor | None = None,
         *,
         group_size: int,
+        in_features: int | None = None,
     ) -> "OneBitLinear":
         """A layer that holds tensors of the format, as they are: nothing is copied.
 
@@ -124,14 +134,16 @@ class OneBitLinear(OneBitModule):
                 symmetric form.
             bias: ``[n]``; a Parameter is taken over, another tensor becomes one.
             group_size: 32, 64 or 128.
+            in_features: k, when the last group is not full; all columns without it.
         Raises:
             ValueError: a tensor that the format does not allow; the message names it.
             TypeError: something else than a tensor.
         """
         check_packed(weight, scales, biases, group_size)
-        n, words = weight.shape
+        k = stored_columns(weight, group_size, "in_features", in_features)
+        n = len(weight)
         options = {"group_size": group_size, "symmetric": biases is None, "device": "meta"}
-        layer = cls(words * WORD_BITS, n, bias=False, **options)
+        layer = cls(k, n, bias=False, **options)
         layer._take(weight, scales, biases)
         if bias is not None:
             if list(bias.shape) != [n]:

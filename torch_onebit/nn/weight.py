@@ -15,18 +15,24 @@ from torch_onebit.checks import (
     check_group_size,
     check_level_dtype,
 )
+from torch_onebit.nn.averages import watch_averages
+from torch_onebit.nn.fast_path import decline_fast_path
 from torch_onebit.nn.ties import TENSORS, Tie
 from torch_onebit.packing import WORD_BITS
+from torch_onebit.padding import missing
 
 
 class OneBitModule(NotScriptable, nn.Module):
     """A matrix ``[rows, columns]`` of one bit per weight, with a scale and a bias per group.
 
-    Buffers and parameters have the names MLX gives them: ``weight`` ``[rows, columns // 32]`` int32
+    Buffers and parameters have the names MLX gives them: ``weight`` ``[rows, stored // 32]`` int32
     (a buffer: no optimizer or dtype conversion touches it), ``scales`` and ``biases``
-    ``[rows, columns // group_size]`` (parameters, frozen until ``requires_grad_``); ``biases`` is
-    None in the symmetric form, where weights are ``±scales / 2``.
+    ``[rows, stored // group_size]`` (parameters, frozen until ``requires_grad_``); ``biases`` is
+    None in the symmetric form, where weights are ``±scales / 2``. ``stored`` is columns rounded up
+    to whole groups: what fills up the last one meets zeros.
     """
+
+    is_onebit = True  # for reports: its parameters are not left float
 
     weight: Tensor
     scales: nn.Parameter
@@ -47,20 +53,20 @@ class OneBitModule(NotScriptable, nn.Module):
         check_level_dtype(dtype)
         check_count(self.rows_name, rows)
         check_count(self.columns_name, columns)
-        if columns % group_size:
-            raise ValueError(
-                f"{self.columns_name} must be a multiple of group_size {group_size}, got {columns}"
-            )
+        decline_fast_path(self)
+        watch_averages()
+        self._lacking = missing(columns, group_size)  # columns that fill up the last group
+        stored = columns + self._lacking
         self.group_size = group_size
         self.symmetric = symmetric
         self._tie: Tie | None = None
         self._prepacked: Tensor | None = None
         self._prepacked_versions: tuple[int, ...] = ()
-        words = torch.empty(rows, columns // WORD_BITS, dtype=torch.int32, device=device)
+        words = torch.empty(rows, stored // WORD_BITS, dtype=torch.int32, device=device)
         self.register_buffer("weight", words)
 
         def levels() -> nn.Parameter:
-            groups = torch.empty(rows, columns // group_size, device=device, dtype=dtype)
+            groups = torch.empty(rows, stored // group_size, device=device, dtype=dtype)
             return nn.Parameter(groups, requires_grad=False)
 
         self.scales = levels()
@@ -110,6 +116,10 @@ class OneBitModule(NotScriptable, nn.Module):
             )
         return self._prepacked
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        watch_averages()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepacked": None}
 
@@ -128,7 +138,16 @@ class OneBitModule(NotScriptable, nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weights ``[rows, columns]`` in the dtype of scales."""
-        return ops.dequantize(self.weight, self.scales, self.biases, self.group_size)
+        w = ops.dequantize(self.weight, self.scales, self.biases, self.group_size)
+        return w[:, : -self._lacking].contiguous() if self._lacking else w
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch.nn.utils.fuse_linear_bn_eval scales the words as numbers and stores the result.
+        if name == "weight" and isinstance(value, nn.Parameter):
+            raise TypeError(
+                f"weight must be packed words, no Parameter, got a Parameter of {value.dtype}"
+            )
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OneBitModule":
         self._prepacked = None
@@ -167,3 +186,21 @@ class OneBitModule(NotScriptable, nn.Module):
 def uniform_std(columns: int) -> float:
     """Standard deviation of nn.Linear's initial weights, uniform in ±1/sqrt(columns)."""
     return 1 / math.sqrt(3 * columns) if columns else 0.0
+
+
+def stored_columns(weight: Tensor, group_size: int, name: str, columns: int | None) -> int:
+    """The columns of packed words ``[rows, words]``: all, or those given, of a last group not full.
+
+    Raises:
+        ValueError: columns that need more or fewer groups.
+    """
+    stored = weight.shape[1] * WORD_BITS
+    if columns is None:
+        return stored
+    check_count(name, columns)
+    if not 0 <= stored - columns < group_size:
+        raise ValueError(
+            f"{name} must fill whole groups but the last of the {stored} columns stored, "
+            f"got {columns}"
+        )
+    return columns

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_onebit.nested import on_rows
 from torch_onebit.ops import (
     fake_quantize,
     fake_quantize_affine,
     fake_quantize_affine_backward,
     fake_quantize_backward,
 )
+from torch_onebit.padding import fill, fold
 
 
 class _LatentLinear(torch.autograd.Function):
@@ -22,12 +24,12 @@ class _LatentLinear(torch.autograd.Function):
     generate_vmap_rule = True  # and no jvp: torch.compile takes no function that has one
 
     @staticmethod
-    def forward(x, w, scales, biases, bias, rule, group_size):
-        return F.linear(x, _binary(x, w, scales, biases, rule, group_size), bias)
+    def forward(x, w, scales, biases, bias, method, group_size):
+        return F.linear(x, _binary(x, w, scales, biases, method, group_size), bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w, scales, biases, _, ctx.rule, ctx.group_size = inputs
+        x, w, scales, biases, _, ctx.method, ctx.group_size = inputs
         ctx.save_for_backward(x, w, scales, biases)
 
     @staticmethod
@@ -36,46 +38,54 @@ class _LatentLinear(torch.autograd.Function):
         x, w, scales, biases = ctx.saved_tensors
         grad_x = grad_w = grad_scales = grad_biases = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ _binary(x, w, scales, biases, ctx.rule, ctx.group_size)
+            grad_x = grad @ _binary(x, w, scales, biases, ctx.method, ctx.group_size)
         if any(ctx.needs_input_grad[1:4]):
             grad_binary = grad.t() @ x
+            filled, whole = grad_binary, fill(w, ctx.group_size)
+            if whole is not w:  # what fills up the last group met no input
+                filled = F.pad(filled, (0, whole.shape[1] - w.shape[1]))
             if scales is None:
-                grad_w = fake_quantize_backward(grad_binary, w, ctx.rule, ctx.group_size)
+                grad_w = fake_quantize_backward(filled, whole, ctx.method, ctx.group_size)
+                grad_w = fold(grad_w, w.shape[1], ctx.group_size)
             else:
                 grad_w = grad_binary.to(w.dtype)
                 grad_scales, grad_biases = fake_quantize_affine_backward(
-                    grad_binary, w, scales, biases, ctx.group_size
+                    filled, whole, scales, biases, ctx.group_size
                 )
         if ctx.needs_input_grad[4]:
             grad_bias = grad.sum(0)
         return grad_x, grad_w, grad_scales, grad_biases, grad_bias, None, None
 
 
-def _binary(x, w, scales, biases, rule, group_size):
+def _binary(x, w, scales, biases, method, group_size):
+    whole = fill(w, group_size)
     if scales is None:
-        return fake_quantize(w, rule, group_size, dtype=x.dtype)
-    return fake_quantize_affine(w, scales, biases, group_size, dtype=x.dtype)
+        w_hat = fake_quantize(whole, method, group_size, dtype=x.dtype)
+    else:
+        w_hat = fake_quantize_affine(whole, scales, biases, group_size, dtype=x.dtype)
+    return w_hat if whole is w else w_hat[:, : w.shape[1]]
 
 
 def latent_linear(
     x: Tensor,
     w: Tensor,
     bias: Tensor | None,
-    rule: str,
+    method: str,
     group_size: int,
     scales: Tensor | None = None,
     biases: Tensor | None = None,
 ) -> Tensor:
     """``x @ w_hat.T + bias`` with w_hat the 1-bit weights of latent w.
 
-    Under autocast x and the product take the region's dtype; w and its gradient keep theirs.
+    Under autocast x and the product take the region's dtype (float64 keeps its own, as in
+    nn.Linear); w and its gradient keep theirs.
 
     Args:
-        x: ``[..., k]``.
-        w: ``[n, k]``, any floating dtype, k a multiple of ``group_size``.
+        x: ``[..., k]``, also nested.
+        w: ``[n, k]``, any floating dtype.
         bias: ``[n]`` or None.
-        rule: of the levels, one of ``ops.RULES``; unused with scales.
-        scales, biases: ``[n, k // group_size]``, both or none: levels of their own.
+        method: of the levels, one of ``ops.RULES``; unused with scales.
+        scales, biases: ``[n, groups]``, both or none: levels of their own.
     Returns:
         ``[..., n]`` in the dtype of x, or of the autocast region.
     """
@@ -83,9 +93,12 @@ def latent_linear(
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:  # which autocast leaves
         x = x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
-            return latent_linear(x, w, bias, rule, group_size, scales, biases)
+            return latent_linear(x, w, bias, method, group_size, scales, biases)
+    if x.is_nested:
+        rest = (w, bias, method, group_size, scales, biases)
+        return on_rows(lambda rows: latent_linear(rows, *rest), x)
     bias = None if bias is None else bias.to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
-    y = _LatentLinear.apply(rows, w, scales, biases, bias, rule, group_size)
+    y = _LatentLinear.apply(rows, w, scales, biases, bias, method, group_size)
     # Not a view to autograd, as in nn.Linear: y may be changed in place, and FSDP hooks it.
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], w.shape[0]])

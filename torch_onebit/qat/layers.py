@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_onebit.checks import NotScriptable, check_group_size, check_kind
+from torch_onebit.float_layers import is_conv1d
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule
+from torch_onebit.nn.fast_path import decline_fast_path
 from torch_onebit.ops import (
     RULES,
     fake_quantize,
@@ -13,52 +15,70 @@ from torch_onebit.ops import (
     quantize_affine,
     quantize_levels,
 )
+from torch_onebit.padding import fill
 from torch_onebit.qat.function import latent_linear
 
-QAT_RULES = (*RULES, "learnable")
+QAT_METHODS = (*RULES, "learnable")
+QAT_SYMMETRIC_METHODS = ("sign", "learnable")
 
 
 class LatentModule(NotScriptable, nn.Module):
-    """What QATLinear and QATEmbedding have in common: latent weights and a rule for their levels.
+    """What QATLinear and QATEmbedding have in common: latent weights and a method for their levels.
 
     The latent ``weight`` is the parameter of the float layer itself: optimizers, tied weights and
-    state dicts made before go on working. Rule "learnable" adds parameters ``scales`` and
-    ``biases`` ``[rows, columns // group_size]`` that start at the levels of rule "mean".
+    state dicts made before go on working. Method "learnable" adds parameters ``scales`` and
+    ``biases`` ``[rows, groups]`` that start at the levels of method "mean", or without biases at
+    those of "sign" when symmetric.
     """
 
     weight: nn.Parameter
     scales: nn.Parameter | None
     biases: nn.Parameter | None
+    transposed = False  # weight is [columns, rows]
+    is_onebit = True  # for reports: its parameters are not left float
 
-    def _set_rule(self, rule: str, group_size: int, symmetric: bool, source: nn.Module) -> None:
-        check_rule(rule, group_size, symmetric)
-        columns = self.weight.shape[1]
-        if columns % group_size:
-            raise ValueError(
-                f"columns must be a multiple of group_size {group_size}, got {columns}"
-            )
-        self.rule = rule
+    def __init__(self) -> None:
+        super().__init__()
+        decline_fast_path(self)
+
+    def _set_method(self, method: str, group_size: int, symmetric: bool, source: nn.Module) -> None:
+        check_qat_method(method, group_size, symmetric)
+        self.method = method
         self.group_size = group_size
         self.symmetric = symmetric
         self.register_parameter("scales", None)
         self.register_parameter("biases", None)
-        if rule == "learnable":
-            scales, biases = first_levels(self.weight.detach(), group_size, source)
+        if method == "learnable":
+            w = fill(self.matrix.detach(), group_size)
+            scales, biases = first_levels(w, group_size, symmetric, source)
             self.scales = nn.Parameter(scales)
-            self.biases = nn.Parameter(biases)
+            if biases is not None:
+                self.biases = nn.Parameter(biases)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The latent weights ``[rows, columns]``."""
+        return self.weight.t() if self.transposed else self.weight
+
+    def levels(self) -> tuple[Tensor | None, Tensor | None]:
+        """(scales, biases) of method "learnable"; None for the others."""
+        if self.scales is None or self.biases is not None:
+            return self.scales, self.biases
+        return self.scales, self.scales * -0.5
 
     @torch.no_grad()
     def quantize(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(packed, scales, biases) of the weights the layer computes with."""
-        if self.rule == "learnable":
-            packed = quantize_affine(self.weight, self.scales, self.biases, self.group_size)
-            return packed, self.scales.clone(), self.biases.clone()
-        packed, scales, biases = quantize_levels(self.weight, self.rule, self.group_size)
+        w = fill(self.matrix, self.group_size)
+        if self.method == "learnable":
+            packed = quantize_affine(w, *self.levels(), self.group_size)
+            return packed, self.scales.clone(), None if self.symmetric else self.biases.clone()
+        packed, scales, biases = quantize_levels(w, self.method, self.group_size)
         return packed, scales, None if self.symmetric else biases
 
     def _extra(self) -> str:
         symmetric = ", symmetric=True" if self.symmetric else ""
-        return f"rule={self.rule}, group_size={self.group_size}{symmetric}"
+        return f"method={self.method}, group_size={self.group_size}{symmetric}"
 
 
 class QATLinear(LatentModule):
@@ -68,39 +88,42 @@ class QATLinear(LatentModule):
     1-bit weights from the latent ones, so they take no memory between the two.
 
     Args:
-        linear: its ``weight`` and ``bias`` parameters are taken over, not copied. An
-            ``OneBitLinear`` starts from its weights as they are: latent weights at their levels,
-            and with rule "learnable" its scales and biases.
-        rule: "mean", "sign", "optimal", "minmax" or "learnable" (free scales and biases).
+        linear: its ``weight`` and ``bias`` parameters are taken over, not copied, also those of
+            GPT-2's ``Conv1D``. An ``OneBitLinear`` starts from its weights as they are: latent
+            weights at their levels, and with method "learnable" its scales and biases.
+        method: "mean", "sign", "optimal", "minmax" or "learnable" (free scales and biases).
         group_size: 32, 64 or 128.
-        symmetric: convert to the form without biases; rule "sign" only.
+        symmetric: weights of ``±scale / 2``, converted to the form without biases; methods "sign"
+            and "learnable".
     Shape:
         x ``[..., k]`` to y ``[..., n]``, dtypes as in ``nn.Linear``, autocast included.
     Raises:
-        ValueError: a rule, group size or shape that is not allowed.
+        ValueError: a method or group size that is not allowed.
+        TypeError: another kind of layer.
     """
 
     def __init__(
         self,
         linear: nn.Linear | OneBitLinear,
         *,
-        rule: str = "mean",
+        method: str = "mean",
         group_size: int = 128,
         symmetric: bool = False,
     ) -> None:
         super().__init__()
-        kinds = (nn.Linear, OneBitLinear)
-        check_kind("linear", linear, kinds, "an nn.Linear or OneBitLinear")
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
+        self.transposed = is_conv1d(linear)
+        if not self.transposed:
+            kinds = (nn.Linear, OneBitLinear)
+            check_kind("linear", linear, kinds, "an nn.Linear or OneBitLinear")
         self.weight = latent_weight(linear)
+        self.out_features, self.in_features = self.matrix.shape
         self.register_parameter("bias", linear.bias)
-        self._set_rule(rule, group_size, symmetric, linear)
+        self._set_method(method, group_size, symmetric, linear)
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         return latent_linear(
-            x, self.weight, self.bias, self.rule, self.group_size, self.scales, self.biases
+            x, self.matrix, self.bias, self.method, self.group_size, *self.levels()
         )
 
     def extra_repr(self) -> str:
@@ -118,16 +141,17 @@ class QATEmbedding(LatentModule):
     Args:
         embedding: its ``weight`` parameter is taken over, not copied; without ``max_norm``. An
             ``OneBitEmbedding`` as in ``QATLinear``.
-        rule, group_size, symmetric: as in ``QATLinear``.
+        method, group_size, symmetric: as in ``QATLinear``.
     Raises:
-        ValueError: a rule, group size, shape or max_norm that is not allowed.
+        ValueError: a method, group size or max_norm that is not allowed.
+        TypeError: another kind of layer.
     """
 
     def __init__(
         self,
         embedding: nn.Embedding | OneBitEmbedding,
         *,
-        rule: str = "mean",
+        method: str = "mean",
         group_size: int = 128,
         symmetric: bool = False,
     ) -> None:
@@ -139,18 +163,26 @@ class QATEmbedding(LatentModule):
         self.num_embeddings = embedding.num_embeddings
         self.embedding_dim = embedding.embedding_dim
         self.padding_idx = embedding.padding_idx
+        self.scale_grad_by_freq = embedding.scale_grad_by_freq
+        self.sparse = embedding.sparse
         self.weight = latent_weight(embedding)
-        self._set_rule(rule, group_size, symmetric, embedding)
+        self._set_method(method, group_size, symmetric, embedding)
         self.train(embedding.training)
 
     def forward(self, indices: Tensor) -> Tensor:
-        rows = F.embedding(indices, self.weight, self.padding_idx)
+        rows = fill(self._look_up(indices, self.weight), self.group_size)
         if self.scales is None:
-            return fake_quantize(rows, self.rule, self.group_size)
-        scales, biases = (
-            F.embedding(indices, t, self.padding_idx) for t in (self.scales, self.biases)
-        )
-        return fake_quantize_affine(rows, scales, biases, self.group_size)
+            rows = fake_quantize(rows, self.method, self.group_size)
+        else:
+            scales = self._look_up(indices, self.scales)
+            symmetric = self.biases is None
+            biases = scales * -0.5 if symmetric else self._look_up(indices, self.biases)
+            rows = fake_quantize_affine(rows, scales, biases, self.group_size)
+        return rows[..., : self.embedding_dim]
+
+    def _look_up(self, indices: Tensor, rows: Tensor) -> Tensor:
+        options = {"scale_grad_by_freq": self.scale_grad_by_freq, "sparse": self.sparse}
+        return F.embedding(indices, rows, self.padding_idx, **options)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
@@ -161,37 +193,46 @@ def latent_weight(source: nn.Module) -> nn.Parameter:
     """The float weights of a layer; those of a packed layer are its dequantized ones."""
     if not isinstance(source, OneBitModule):
         return source.weight
-    return nn.Parameter(source.dequantize().detach())
+    dtype = getattr(source, "output_dtype", None) or source.scales.dtype
+    return nn.Parameter(source.dequantize().detach().to(dtype))
 
 
-def first_levels(weight: Tensor, group_size: int, source: nn.Module) -> tuple[Tensor, Tensor]:
-    """(scales, biases) that learnable levels start from."""
-    if isinstance(source, OneBitModule) and source.group_size == group_size:
+def first_levels(
+    w: Tensor, group_size: int, symmetric: bool, source: nn.Module
+) -> tuple[Tensor, Tensor | None]:
+    """(scales, biases) that learnable levels of w ``[rows, whole groups]`` start from."""
+    packed = isinstance(source, OneBitModule) and source.group_size == group_size
+    if packed and (source.symmetric or not symmetric):
         scales = source.scales.detach().clone()
-        biases = scales * -0.5 if source.biases is None else source.biases.detach().clone()
-        return scales, biases
-    return quantize_levels(weight, "mean", group_size)[1:]
+        if symmetric:
+            return scales, None
+        return scales, scales * -0.5 if source.biases is None else source.biases.detach().clone()
+    _, scales, biases = quantize_levels(w, "sign" if symmetric else "mean", group_size)
+    return scales, None if symmetric else biases
 
 
 class FakeQuantize(nn.Module):
     """A parametrization: the 1-bit form of a weight that is itself computed from others."""
 
-    def __init__(self, rule: str, group_size: int) -> None:
+    is_onebit = True
+
+    def __init__(self, method: str, group_size: int) -> None:
         super().__init__()
-        self.rule = rule
+        self.method = method
         self.group_size = group_size
 
     def forward(self, weight: Tensor) -> Tensor:
-        return fake_quantize(weight, self.rule, self.group_size)
+        binary = fake_quantize(fill(weight, self.group_size), self.method, self.group_size)
+        return binary[..., : weight.shape[-1]]
 
     def extra_repr(self) -> str:
-        return f"rule={self.rule}, group_size={self.group_size}"
+        return f"method={self.method}, group_size={self.group_size}"
 
 
-def check_rule(rule: str, group_size: int, symmetric: bool) -> None:
+def check_qat_method(method: str, group_size: int, symmetric: bool) -> None:
     """Raise ValueError for what no layer allows."""
-    if rule not in QAT_RULES:
-        raise ValueError(f"rule must be one of {', '.join(QAT_RULES)}, got {rule}")
     check_group_size(group_size)
-    if symmetric and rule != "sign":
-        raise ValueError(f"rule must be sign for symmetric weights, got {rule}")
+    methods = QAT_SYMMETRIC_METHODS if symmetric else QAT_METHODS
+    if method not in methods:
+        form = " for symmetric weights" if symmetric else ""
+        raise ValueError(f"method must be one of {', '.join(methods)}{form}, got {method}")

@@ -1,6 +1,7 @@
 """prepare_qat_ and convert_: a float model into 1-bit training, and from there to packed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,112 +9,131 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from torch_onebit.checks import check_level_dtype
+from torch_onebit.float_layers import is_conv1d, is_linear, obstacle
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
 from torch_onebit.ops import quantize_levels
+from torch_onebit.padding import fill
 from torch_onebit.qat.layers import (
     FakeQuantize,
     LatentModule,
     QATEmbedding,
     QATLinear,
-    check_rule,
+    check_qat_method,
 )
-from torch_onebit.surgery import FilterFn, layer_options, obstacle, places
+from torch_onebit.surgery import FilterFn, swap_
 
-_QAT_LAYERS: dict[type, type[LatentModule]] = {
-    nn.Linear: QATLinear,
-    nn.Embedding: QATEmbedding,
-    OneBitLinear: QATLinear,
-    OneBitEmbedding: QATEmbedding,
-}
+_KINDS = (nn.Linear, nn.Embedding, OneBitLinear, OneBitEmbedding)
 
 
 def prepare_qat_(
     model: nn.Module,
     *,
-    rule: str | None = None,
-    group_size: int = 128,
-    symmetric: bool = False,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    method: str | None = None,
     filter_fn: FilterFn | None = None,
+    skip: Iterable[str] = (),
+    progress: bool = True,
 ) -> nn.Module:
     """Make a model train with 1-bit weights, in place: linear and embedding layers become QAT ones.
 
     Parameters of float layers stay the same objects: an optimizer made before keeps working, tied
     weights stay tied. A layer whose weight is parametrized keeps its class and gets one more
-    parametrization. Layers that the format cannot hold are left as they are.
+    parametrization. What was done and what stayed float is in ``report(model)``.
 
-    Packed layers get latent weights again, at their levels, and keep their group size.
+    Packed layers get latent weights again, at their levels, and keep their group size and form.
     ``calibrate_`` first is the best start there is; with ``Distillation`` train on at the learning
     rate of the float model and without weight decay, otherwise at half that rate.
 
     Args:
-        model: the model; not itself one of the two layers.
-        rule: how levels follow from latent weights: "mean" (best from float weights, and their
-            default), "sign", "optimal", "minmax", or "learnable" (scales and biases are parameters:
-            best from packed layers, and their default; prepare before making the optimizer).
-        group_size: weights that share a scale, of float layers: 32, 64 or 128.
-        symmetric: convert to weights of ``±scale / 2`` without biases; rule "sign" only.
+        model: the model; not itself one of the layers.
+        group_size: weights that share a scale: 32, 64 or 128. That of packed layers, and 128 for
+            float ones, without it.
+        symmetric: weights of ``±scale / 2``, converted to the form without biases: methods "sign"
+            and "learnable". The form of packed layers, and False for float ones, without it.
+        method: how levels follow from latent weights: "mean" (best from float weights, and their
+            default), "sign" (the default for symmetric ones), "optimal", "minmax", or "learnable"
+            (scales and biases are parameters: best from packed layers, and their default; prepare
+            before making the optimizer).
         filter_fn: ``filter_fn(module, name)`` is false to leave the layer, true to swap it, or a
-            dict of ``rule``, ``group_size`` and ``symmetric`` for this layer.
+            dict of ``group_size``, ``symmetric`` and ``method`` for this layer.
+        skip: patterns of names to leave, as in ``quantize_``.
+        progress: show a progress bar when it takes more than a moment.
     Returns:
         model.
     Raises:
-        ValueError: a rule, group size or option that is not allowed, or a model that is itself a
+        ValueError: a method, group size or option that is not allowed, or a model that is itself a
             layer (use ``QATLinear``).
+        TypeError: an argument of the wrong kind.
+    Warns:
+        UserWarning: nothing was swapped, or a pattern of skip that no layer matches.
     """
-    check_rule(rule or "mean", group_size, symmetric)
-    if _float_layer(model) is not None:
-        raise ValueError(
-            f"model must contain the layers to swap, got {type(model).__name__} itself"
-        )
-    defaults = {"rule": rule, "group_size": group_size, "symmetric": symmetric}
-    chosen = list(_choose(model, filter_fn, defaults))  # all decided before any is swapped
-    swapped: dict[int, nn.Module] = {}
-    first: dict[int, LatentModule] = {}  # by identity of the weight it was made from
-    for parent, attribute, layer, options in chosen:
-        if id(layer) not in swapped:
-            swapped[id(layer)] = new = _prepare(layer, options)
-            if isinstance(new, LatentModule):
-                owner = first.setdefault(id(layer.weight), new)
-                new.weight, new.scales, new.biases = owner.weight, owner.scales, owner.biases
-        setattr(parent, attribute, swapped[id(layer)])
-    return model
+    defaults = {"group_size": group_size, "symmetric": symmetric, "method": method}
+    _complete(nn.Linear, dict(defaults))
+    return swap_(
+        "prepare_qat_",
+        model,
+        lambda module: _kind(module) is not None,
+        _prepare,
+        check=_check,
+        share=_share,
+        defaults=defaults,
+        filter_fn=filter_fn,
+        skip=skip,
+        progress=progress,
+        hint=": use QATLinear or QATEmbedding",
+    )
 
 
-def convert_(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+def convert_(
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    filter_fn: FilterFn | None = None,
+    skip: Iterable[str] = (),
+    progress: bool = True,
+) -> nn.Module:
     """Pack a model prepared by ``prepare_qat_``, in place: QAT layers become 1-bit layers.
 
     Outputs stay those of the prepared model, to rounding of the dtype of scales. Tied layers stay
-    tied.
+    tied. What was done is in ``report(model)``.
 
     Args:
         model: the prepared model; not itself a QAT layer.
-        dtype: of scales and biases; that of the latent weights without it.
+        dtype: of scales and biases; that of the latent weights without it. Embeddings go on
+            returning rows in the dtype of the latent weights.
+        filter_fn: ``filter_fn(module, name)`` is false to leave the layer, true to swap it, or a
+            dict of ``dtype`` for this layer.
+        skip: patterns of names to leave, as in ``quantize_``.
+        progress: show a progress bar when it takes more than a moment.
     Returns:
         model.
     Raises:
         ValueError: a model that is itself a QAT layer, or a dtype that levels cannot have.
+        TypeError: an argument of the wrong kind.
+    Warns:
+        UserWarning: nothing was swapped, or a pattern of skip that no layer matches.
     """
     check_level_dtype(dtype)
-    if isinstance(model, LatentModule):
-        raise ValueError(
-            f"model must contain the layers to swap, got {type(model).__name__} itself"
-        )
-    swapped: dict[int, OneBitModule] = {}
-    tied: dict[int, OneBitModule] = {}
-    for _, parent, attribute, layer in list(places(model, _is_prepared)):
-        if id(layer) not in swapped:
-            swapped[id(layer)] = new = _convert(layer, dtype)
-            if isinstance(layer, LatentModule):
-                owner = tied.setdefault(id(layer.weight), new)
-                if owner is not new:
-                    tie(owner, new)
-        setattr(parent, attribute, swapped[id(layer)])
-    return model
+    return swap_(
+        "convert_",
+        model,
+        _is_prepared,
+        _convert,
+        check=lambda layer, options: check_level_dtype(options["dtype"]),
+        share=tie,
+        defaults={"dtype": dtype},
+        filter_fn=filter_fn,
+        skip=skip,
+        progress=progress,
+    )
 
 
-def _float_layer(module: nn.Module) -> type[nn.Module] | None:
-    """The key of _QAT_LAYERS for module, whose weight may be parametrized; None for others."""
-    for kind in _QAT_LAYERS:
+def _kind(module: nn.Module) -> type[nn.Module] | None:
+    """Which of the layers module is, whose weight may be parametrized; None for others."""
+    if is_conv1d(module):
+        return nn.Linear
+    for kind in _KINDS:
         if type(module) is kind:
             return kind
         if isinstance(module, kind) and _parametrized(module) and not _is_prepared(module):
@@ -131,35 +151,53 @@ def _is_prepared(module: nn.Module) -> bool:
     )
 
 
-def _choose(
-    model: nn.Module, filter_fn: FilterFn | None, defaults: dict[str, Any]
-) -> Iterator[tuple[nn.Module, str, nn.Module, dict[str, Any]]]:
-    """The places to swap, each with its options, which are legal."""
-    for name, parent, attribute, layer in places(model, lambda m: bool(_float_layer(m))):
-        options = layer_options(filter_fn, layer, name, defaults)
-        if options is None:
-            continue
-        packed = isinstance(layer, OneBitModule)
-        options["rule"] = options["rule"] or ("learnable" if packed else "mean")
-        if packed:
-            options["group_size"] = layer.group_size
-        elif obstacle(layer, options["group_size"]):
-            continue
-        check_rule(**options)
-        if _parametrized(layer) and (options["rule"] == "learnable" or options["symmetric"]):
-            raise ValueError(
-                "rule must be mean, sign, optimal or minmax, not symmetric, for a parametrized "
-                f"weight, got {options['rule']}, symmetric={options['symmetric']}"
-            )
-        yield parent, attribute, layer, options
+def _complete(
+    kind: type[nn.Module], options: dict[str, Any], layer: OneBitModule | None = None
+) -> None:
+    """Fill in what was not chosen, from the packed layer if it is one, and check it."""
+    if options["group_size"] is None:
+        options["group_size"] = 128 if layer is None else layer.group_size
+    if options["symmetric"] is None:
+        options["symmetric"] = False if layer is None else layer.symmetric
+    if options["method"] is None:
+        first = "sign" if options["symmetric"] else "mean"
+        options["method"] = first if layer is None else "learnable"
+    check_qat_method(options["method"], options["group_size"], options["symmetric"])
 
 
-def _prepare(layer: nn.Module, options: dict[str, Any]) -> nn.Module:
+def _check(layer: nn.Module, options: dict[str, Any]) -> str | None:
+    packed = isinstance(layer, OneBitModule)
+    _complete(_kind(layer), options, layer if packed else None)
     if not _parametrized(layer):
-        return _QAT_LAYERS[type(layer)](layer, **options)
-    parametrization = FakeQuantize(options["rule"], options["group_size"])
-    parametrize.register_parametrization(layer, "weight", parametrization)
-    return layer
+        return None if packed else obstacle(layer)
+    if options["method"] == "learnable" or options["symmetric"]:
+        raise ValueError(
+            "method must be mean, sign, optimal or minmax, not symmetric, for a parametrized "
+            f"weight, got {options['method']}, symmetric={options['symmetric']}"
+        )
+    return None
+
+
+def _prepare(layer: nn.Module, **options: Any) -> nn.Module | Callable[[], Any]:
+    if _parametrized(layer):
+        fake = FakeQuantize(options["method"], options["group_size"])
+        return partial(parametrize.register_parametrization, layer, "weight", fake)
+    linear = is_linear(layer) or isinstance(layer, OneBitLinear)
+    return (QATLinear if linear else QATEmbedding)(layer, **options)
+
+
+def _share(owner: LatentModule, other: LatentModule) -> None:
+    """Latent weights that were one stay one; the levels are those of the first."""
+    if (owner.method, owner.group_size, owner.symmetric) != (
+        other.method,
+        other.group_size,
+        other.symmetric,
+    ):
+        raise ValueError(
+            "filter_fn must want the same options for layers that share their weight, "
+            f"got {owner} and {other}"
+        )
+    other.weight, other.scales, other.biases = owner.weight, owner.scales, owner.biases
 
 
 @torch.no_grad()
@@ -171,11 +209,24 @@ def _convert(layer: nn.Module, dtype: torch.dtype | None) -> OneBitModule:
         # The weight has two values per group by now, or one: both come back exactly, also where
         # they are nearer than the least scale of ops.quantize.
         group_size = layer.parametrizations.weight[-1].group_size
-        packed, scales, biases = quantize_levels(layer.weight, "minmax", group_size)
+        packed, scales, biases = quantize_levels(
+            fill(layer.weight, group_size), "minmax", group_size
+        )
     dtype = dtype or scales.dtype
     levels = scales.to(dtype), None if biases is None else biases.to(dtype)
+    options = {"group_size": group_size}
     if isinstance(layer, QATEmbedding | nn.Embedding):
-        new = OneBitEmbedding.from_packed(packed, *levels, layer.padding_idx, group_size=group_size)
-    else:
-        new = OneBitLinear.from_packed(packed, *levels, layer.bias, group_size=group_size)
-    return new.train(layer.training)
+        latent = layer.weight.dtype
+        return OneBitEmbedding.from_packed(
+            packed,
+            *levels,
+            layer.padding_idx,
+            embedding_dim=layer.embedding_dim,
+            scale_grad_by_freq=layer.scale_grad_by_freq,
+            sparse=layer.sparse,
+            output_dtype=None if latent == dtype else latent,
+            **options,
+        )
+    return OneBitLinear.from_packed(
+        packed, *levels, layer.bias, in_features=layer.in_features, **options
+    )

@@ -1,0 +1,110 @@
+"""Which parameters of a model train, which of them decay, and how many there are."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from torch_onebit.checks import check_model
+from torch_onebit.lora import LoRALinear
+from torch_onebit.nn import OneBitModule
+
+
+def thaw_levels_(model: nn.Module, requires_grad: bool = True) -> nn.Module:
+    """Make scales and biases of every 1-bit layer trainable, in place; the bits stay frozen.
+
+    Their gradients are exact and computed from packed weights. Returns model.
+    """
+    check_model(model)
+    for module in model.modules():
+        if isinstance(module, OneBitModule):
+            for levels in (module.scales, module.biases):
+                if levels is not None:
+                    levels.requires_grad_(requires_grad)
+    return model
+
+
+def thaw_lora_(model: nn.Module, requires_grad: bool = True) -> nn.Module:
+    """Make the low-rank products of a model trainable, in place, after it was frozen as a whole.
+
+    Returns model.
+    """
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.lora_a.requires_grad_(requires_grad)
+            module.lora_b.requires_grad_(requires_grad)
+    return model
+
+
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float = 0.01, **options: Any
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer that decay matrices but neither levels nor vectors.
+
+    Scales and biases of 1-bit layers have two dimensions, so the usual rule "decay what has two or
+    more" pulls them to zero: the weights they stand for shrink, and no gradient of the bits makes
+    up for it.
+
+    Args:
+        model: any; parameters that do not require grad are left out.
+        weight_decay: of float matrices, latent weights and low-rank matrices.
+        options: of both groups, such as ``lr``.
+    Returns:
+        ``[{"params": …, "weight_decay": weight_decay}, {"params": …, "weight_decay": 0.0}]``.
+    """
+    check_model(model)
+    levels = {
+        id(p)
+        for module in model.modules()
+        if getattr(module, "is_onebit", False)
+        for name, p in module.named_parameters(recurse=False)
+        if name in ("scales", "biases")
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() > 1 and id(p) not in levels]
+    kept = [p for p in trained if p.dim() < 2 or id(p) in levels]
+    return [
+        {"params": decayed, "weight_decay": weight_decay, **options},
+        {"params": kept, "weight_decay": 0.0, **options},
+    ]
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of a model. ``parameters()`` has the float ones only: packed words are buffers."""
+
+    packed: int  # weights of one bit
+    levels: int  # scales and biases of packed layers
+    floats: int  # all other parameters
+    trainable: int  # of the parameters
+    bytes: int  # of words, levels and other parameters; not of other buffers
+
+    @property
+    def weights(self) -> int:
+        """What the float model would have: a packed weight counts one, its levels nothing."""
+        return self.packed + self.floats
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count what a model computes with; shared tensors once.
+
+    ``sum(p.numel() for p in model.parameters())``, ``num_parameters()`` of transformers and
+    torchinfo see no packed weights: they are a buffer. This sees both.
+    """
+    check_model(model)
+    packed = levels = words = 0
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, OneBitModule) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            packed += getattr(module, module.rows_name) * getattr(module, module.columns_name)
+            words += module.weight.numel() * module.weight.element_size()
+            levels += sum(t.numel() for t in (module.scales, module.biases) if t is not None)
+    parameters = list(model.parameters())
+    return ParameterCount(
+        packed=packed,
+        levels=levels,
+        floats=sum(p.numel() for p in parameters) - levels,
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        bytes=words + sum(p.numel() * p.element_size() for p in parameters),
+    )
