@@ -40,7 +40,7 @@ def quantize_(
             swapped without it.
         skip: patterns of names to leave. A pattern matches one or several whole parts of a dotted
             name, ``*`` anything: "lm_head" matches "model.lm_head", and "classifier" everything
-            below it. Heads and embeddings cost most: see docs/which_layers.md.
+            below it. Heads and embeddings cost most: see docs/layers.md.
         progress: show a progress bar when it takes more than a moment.
     Returns:
         model.

@@ -103,7 +103,8 @@ class Pair:
         """The product, and for an embedding the rows."""
         choose, group_size = self.choose, layer.group_size
         levels = (own["weight"], own["scales"], own.get("biases"), group_size)
-        w, size = exact(*levels), magnitude(*levels)
+        columns = getattr(layer, layer.columns_name)  # the last group may be filled up
+        w, size = exact(*levels)[:, :columns], magnitude(*levels)[:, :columns]
         mode = choose.choice([torch.no_grad, torch.inference_mode, torch.enable_grad])
         if isinstance(layer, OneBitEmbedding):
             indices = torch.randint(0, w.shape[0], (choose.choice([1, 3]),))
