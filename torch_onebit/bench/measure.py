@@ -11,7 +11,8 @@ import torch
 SAMPLE_SECONDS = 0.03
 # Multiply-adds per thread, two milliseconds.
 SPIN_STEPS = 1 << 20
-# Slowdown of a quiet machine: up to 1.05; with another busy process on one of two cores 1.5 to 2.
+# Slowdowns seen: one thread with a core to itself 1.05 to 1.08; two threads on two cores that other
+# processes kept busy 3 to 5.
 QUIET = 1.15
 
 
