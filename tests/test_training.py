@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim import swa_utils
+from torch.utils.flop_counter import FlopCounterMode
 
 from torch_onebit import (
     AveragedModel,
@@ -15,6 +16,8 @@ from torch_onebit import (
     LoRALinear,
     OneBitLinear,
     add_lora_,
+    count_parameters,
+    parameter_groups,
     prepare_qat_,
     quantize_,
     thaw_levels_,
@@ -182,3 +185,90 @@ def test_latent_weights_are_averaged():
 def test_illegal_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+class Output:
+    def __init__(self, logits):
+        self.logits = logits
+
+
+class Model(nn.Module):
+    """Takes keywords and returns an object, as models of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, *, values):
+        return Output(self.head(values))
+
+
+def test_distillation_takes_keywords_and_objects_with_logits():
+    student, teacher = Model(), Model()
+    x, targets = torch.randn(4, 32), torch.randint(5, (4,))
+    loss_fn = Distillation(teacher)
+    expected = Distillation(teacher.head)(student.head(x), targets, x)
+    torch.testing.assert_close(loss_fn(student(values=x), targets, values=x), expected)
+    as_dict = {"logits": student.head(x)}
+    torch.testing.assert_close(loss_fn(as_dict, targets, values=x), expected)
+    with pytest.raises(TypeError, match="logits must be a tensor or have logits, got str"):
+        loss_fn("x", targets, values=x)
+
+
+def test_a_teacher_that_is_being_trained_is_refused():
+    model = Model()
+    loss_fn = Distillation(model)
+    prepare_qat_(model, group_size=32)
+    x, targets = torch.randn(4, 32), torch.randint(5, (4,))
+    with pytest.raises(ValueError, match=r"teacher must share no parameters .* got 2 shared"):
+        loss_fn(model(values=x), targets, values=x)
+    Distillation(copy.deepcopy(model))(model(values=x), targets, values=x)
+
+
+def test_the_teacher_follows_its_loss_and_trains_nothing():
+    teacher = Model()
+    loss_fn = Distillation(teacher).to(torch.float64)
+    assert teacher.head.weight.dtype == torch.float64
+    assert not list(loss_fn.parameters()) and not loss_fn.state_dict()
+
+
+def test_levels_and_vectors_do_not_decay():
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 8))
+    prepare_qat_(model, group_size=32, method="learnable", filter_fn=lambda m, n: n == "0")
+    decayed, kept = parameter_groups(model, weight_decay=0.5, lr=0.0)
+    assert {id(p) for p in decayed["params"]} == {id(model[0].weight), id(model[2].weight)}
+    assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
+    before = model[0].scales.clone(), model[0].weight.clone()
+    for group in (decayed, kept):
+        group["lr"] = 0.1
+    optimizer = torch.optim.AdamW([decayed, kept])
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(model[0].scales, before[0])
+    torch.testing.assert_close(model[0].weight, before[1] * 0.95)
+
+
+def test_counts_say_what_is_there():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 100))
+    total = sum(p.numel() for p in model.parameters())
+    quantize_(model, group_size=32)
+    count = count_parameters(model)
+    assert count.weights == total
+    assert (count.packed, count.levels, count.floats) == (64 * 164, 2 * 164 * 2, 164)
+    assert count.bytes == 64 * 164 // 8 + (count.levels + count.floats) * 4
+    assert sum(p.numel() for p in model.parameters()) == count.levels + count.floats
+
+
+def test_flops_are_those_of_the_dense_model():
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96)), torch.randn(3, 5, 64)
+    with FlopCounterMode(display=False) as dense:
+        model(x)
+    quantize_(model, group_size=32)
+    with FlopCounterMode(display=False) as packed:
+        model(x)
+    assert packed.get_total_flops() == dense.get_total_flops() == 2 * 15 * 64 * (64 + 96)
+    prepare_qat_(model)
+    with FlopCounterMode(display=False) as trained:
+        model(x)
+    assert trained.get_total_flops() == dense.get_total_flops()

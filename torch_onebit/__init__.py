@@ -49,7 +49,7 @@ for rules in (ops, nested, flops):
 try:
     __version__ = version("torch_onebit")
 except PackageNotFoundError:  # run from the source tree
-    __version__ = "0.1.0"
+    __version__ = "0.2.0"
 
 __all__ = [
     "METHODS",

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 
-def _product(x: Any, packed: Any, *rest: Any, transpose: bool = True) -> int:
+def _product(x: Any, packed: Any, *rest: Any, transpose: bool = True, **keywords: Any) -> int:
     """x ``[..., k]`` times packed ``[..., n, k // 32]``, or ``[..., k, n // 32]``."""
     if len(rest) > 3:
         transpose = rest[3]

@@ -264,7 +264,7 @@ def _adapters(model: nn.Module) -> set[str]:
     """Names of the layers that belong to adapters of peft, the layers they adapt left out."""
     found = set()
     for name, module in model.named_modules():
-        if type(module).__module__.startswith("peft.tuners."):
+        if type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
             for inner, _ in module.named_modules():
                 if inner and inner.split(".")[0] != "base_layer":
                     found.add(f"{name}.{inner}")
