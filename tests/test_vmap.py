@@ -79,6 +79,11 @@ def cases() -> dict:
         "embedding over both": (embed, (indices, *many), (0, 0, 0, 0)),
         "quantize": (lambda w: ops.quantize(w, 32), (x,), (0,)),
         "affine_grad": (grads, (torch.randn(B, 5, 8), x, one[0]), (0, 0, None)),
+        "affine_grad of nothing": (  # -1 would be ambiguous
+            grads,
+            (torch.randn(B, 2, 5, 8), torch.randn(B, 2, 5, 0), one[0][:, :0]),
+            (0, 0, None),
+        ),
         "affine_grad vectors": (grads, (torch.randn(B, 8), x[:, 0], one[0]), (0, 0, None)),
         "affine_grad vectors, stack": (
             grads,

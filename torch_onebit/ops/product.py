@@ -264,7 +264,7 @@ def _affine_grad(
         )
         return affine_grad(grad, x, packed, lhs, rhs, group_size, transpose), (0, 0)
     if packed.dim() == 3:  # one matrix each: the rows of x fold
-        x, grad = (t.reshape(info.batch_size, -1, t.shape[-1]) for t in (x, grad))
+        x, grad = (t.reshape(len(t), t.shape[1:-1].numel(), t.shape[-1]) for t in (x, grad))
     elif x.dim() == 2:  # a vector each, for a stack of matrices
         x, grad = x.unsqueeze(-2), grad.unsqueeze(-2)
     lead = packed.dim()
