@@ -9,7 +9,7 @@ CLANGXX ?= clang++-19
 SECONDS ?= 120
 SOURCES := $(shell find csrc metal -type f) setup.py pyproject.toml
 
-.PHONY: demo test check-mps test-kernels asan ubsan tsan asan-extension test-arm fuzz soak compilers \
+.PHONY: demo test check-mps check-cuda test-kernels asan ubsan tsan asan-extension test-arm fuzz soak compilers \
   dist test-dist bench figures docs build check format clean
 
 # Without a network the demo says so and trains a small model instead.
@@ -24,6 +24,13 @@ test: build test-kernels
 check-mps: build
 	$(BIN)/python -m pytest tests/metal
 	$(BIN)/python -m pytest tests -m mps
+
+# The CUDA backend: every kernel compiled for every architecture, launch plans, and, where there is a
+# GPU, the suite on it. PYTHON is an interpreter whose torch is built for CUDA.
+check-cuda:
+	$(PYTHON) setup.py build_ext --inplace
+	PYTHONPATH=. $(PYTHON) -m pytest tests/cuda -m "not cuda"
+	PYTHONPATH=. $(PYTHON) -m pytest tests -m cuda --ignore tests/metal
 
 # The CPU kernels alone, without torch: every table of this machine against the scalar one, buffers
 # ending at pages that may not be touched. The same under the sanitizers, and for 64-bit ARM in an
@@ -140,14 +147,14 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.mm' 'examples/*.cpp' 'tests/cpp/*' | xargs $(BIN)/clang-format --dry-run --Werror
-	git ls-files 'metal/*.metal' 'metal/*.h' | xargs -r -I{} sh -c \
+	git ls-files 'metal/*.metal' 'metal/*.h' 'csrc/cuda/kernels/*' | xargs -r -I{} sh -c \
 	  '$(BIN)/clang-format --assume-filename=x.cpp < {} | cmp -s - {} || { echo "not formatted: {}"; exit 1; }'
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.mm' 'examples/*.cpp' 'tests/cpp/*' | xargs $(BIN)/clang-format -i
-	for f in $$(git ls-files 'metal/*.metal' 'metal/*.h'); do \
+	for f in $$(git ls-files 'metal/*.metal' 'metal/*.h' 'csrc/cuda/kernels/*'); do \
 	  $(BIN)/clang-format --assume-filename=x.cpp < $$f > $$f.new && mv $$f.new $$f; done
 
 clean:

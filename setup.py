@@ -15,7 +15,7 @@ from setuptools import setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
 except ImportError as error:
     raise SystemExit(
         "torch_onebit is compiled against the torch you will run it with, and no torch was found.\n"
@@ -25,24 +25,39 @@ except ImportError as error:
     ) from error
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "csrc"))
+import embed  # noqa: E402
 
 
 def sources(*patterns: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
 
 
-def shader_header() -> str:
-    """Write the shaders into a header, compiled at first use, and return its folder."""
-    sys.path.insert(0, str(ROOT / "metal"))
-    import embed
-
+def generated(name: str, text: str) -> str:
+    """Write a header into the build folder, whose path is returned."""
     folder = ROOT / "build" / "generated"
     folder.mkdir(parents=True, exist_ok=True)
-    text = embed.header(ROOT / "metal")
-    header = folder / "shader_source.h"
+    header = folder / name
     if not header.exists() or header.read_text() != text:
         header.write_text(text)
     return str(folder)
+
+
+def cuda_include() -> str:
+    """The folder of cuda.h: of the packages that torch depends on, or of a CUDA toolkit."""
+    needed = ("cuda.h", "nvrtc.h", "crt/host_defines.h")
+    site = Path(torch.__file__).parents[1]
+    found = sorted(site.glob("nvidia/*/include/cuda_runtime_api.h"))
+    toolkit = Path(CUDA_HOME or "/usr/local/cuda") / "include" / "cuda_runtime_api.h"
+    for header in [*found, toolkit]:
+        if all((header.parent / name).exists() for name in needed):
+            return str(header.parent)
+    raise SystemExit(
+        f"torch {torch.__version__} is built for CUDA, and no folder with cuda.h, "
+        "nvrtc.h and crt/host_defines.h was found.\n"
+        "Install the package nvidia-cuda-crt, which completes the headers of torch's own wheels, "
+        "or a CUDA toolkit, and name that one by CUDA_HOME."
+    )
 
 
 def extension() -> CppExtension:
@@ -57,6 +72,7 @@ def extension() -> CppExtension:
     link_args = []
     files = sources("csrc/*.cpp", "csrc/ops/*/*.cpp", "csrc/cpu/*.cpp")
     include_dirs = []
+    libraries = []
     if sys.platform == "linux":
         # Compiled with OpenMP, linked without: the runtime torch ships is already loaded, and a
         # second one would start its own threads.
@@ -67,7 +83,7 @@ def extension() -> CppExtension:
         os.environ.setdefault("MACOSX_DEPLOYMENT_TARGET", "14.0")
         os.environ.setdefault("ARCHFLAGS", "-arch arm64")
         files += sources("csrc/mps/*.cpp", "csrc/mps/*.mm")
-        include_dirs.append(shader_header())
+        include_dirs.append(generated("shader_source.h", embed.shader_header(ROOT / "metal")))
         # Apple's clang has OpenMP but no driver flag for it; omp.h comes with torch, and so does
         # the runtime, already loaded when the extension is.
         compile_args += [
@@ -77,10 +93,22 @@ def extension() -> CppExtension:
             "-Wno-unused-command-line-argument",
         ]
         link_args += ["-framework", "Metal", "-framework", "Foundation"]
+    if torch.version.cuda:
+        # Compiled by the host compiler alone: kernels are compiled on the user's machine, and the
+        # driver and the run-time compiler are loaded from where torch has them.
+        files += sources("csrc/cuda/*.cpp")
+        header = generated(
+            "kernel_source.h", embed.kernel_header(ROOT / "csrc" / "cuda" / "kernels")
+        )
+        include_dirs += [header, cuda_include()]
+        libraries.append("c10_cuda")
+    elif torch.version.hip:
+        print("torch_onebit has no kernels for ROCm: its operators run as plain PyTorch there")
     return CppExtension(
         name="torch_onebit._C",
         sources=files,
         include_dirs=include_dirs,
+        libraries=libraries,
         extra_compile_args={"cxx": compile_args},
         extra_link_args=link_args,
         py_limited_api=True,

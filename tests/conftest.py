@@ -23,18 +23,24 @@ if sys.platform == "linux" and find_spec("ziglang"):
     DEVICES.append("mps")
 elif torch.backends.mps.is_available():
     DEVICES.append("mps")
+if torch.cuda.is_available():
+    DEVICES.append("cuda")
+else:
+    collect_ignore.append("cuda/test_cuda.py")
 
 
 def pytest_collection_modifyitems(config, items):
-    """On mps there is no float64, and nothing to gain from one run per CPU instruction set."""
+    """A GPU gains nothing from one run per CPU instruction set, and mps has no float64."""
     last_isa = torch.ops.onebit.cpu_isas()[-1]
 
     def runs(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if params.get("device") != "mps":
+        device = params.get("device", "cpu")
+        if device == "cpu":
             return True
         values = [v for p in params.values() for v in (p if isinstance(p, tuple) else (p,))]
-        return torch.float64 not in values and params.get("isa", last_isa) == last_isa
+        exists = device != "mps" or torch.float64 not in values
+        return exists and params.get("isa", last_isa) == last_isa
 
     config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
     items[:] = [item for item in items if runs(item)]

@@ -31,6 +31,8 @@ HEADERS = {
         r"torch|ATen|c10|Metal/|Foundation|string$",
         "plans are plain C++",
     ),
+    "csrc/cuda/launch_plan.h": (r"torch|ATen|c10|cuda|string$", "plans are plain C++"),
+    "csrc/cuda/kernels/*": (r".", "NVRTC has no headers"),
     **dict.fromkeys(KERNELS, (r"torch|ATen|c10", "kernels compile without torch")),
     "csrc/**/*": (r"torch/extension\.h|ATen/ATen\.h|torch/all\.h", "narrow headers only"),
 }

@@ -248,7 +248,7 @@ def test_tensors_that_are_not_plain_are_refused(op, argument, run):
             pytest.raises(error, match=f"^{argument} {message}"),
         ):
             if run == "composite":
-                keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+                keys = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
                 overload.redispatch(keys, **arguments)
             else:
                 overload(**arguments)

@@ -271,7 +271,7 @@ def test_opcheck(name):
 
 def composite(op, *args):
     """What op would run for tensors on a device without kernels."""
-    return op.default.redispatch(DispatchKeySet(DispatchKey.CUDA), *args)
+    return op.default.redispatch(DispatchKeySet(DispatchKey.XPU), *args)
 
 
 @pytest.mark.parametrize("rule, group_size, dtype", CASES)

@@ -49,9 +49,7 @@ def main() -> None:
     bench_parser = commands.add_parser("bench", help="speed against torch, MLX and the machine")
     bench.add_arguments(bench_parser)
     bench_parser.set_defaults(run=bench.run)
-    selftest_parser = commands.add_parser(
-        "selftest", help="every Metal kernel against the CPU, on a Mac"
-    )
+    selftest_parser = commands.add_parser("selftest", help="every GPU kernel against the CPU")
     selftest_parser.set_defaults(run=lambda _: selftest.run())
     cli.add_commands(commands)
     arguments, unknown = parser.parse_known_args()

@@ -1,4 +1,4 @@
-"""``python -m torch_onebit selftest``: every Metal kernel against the CPU, on this Mac's GPU.
+"""``python -m torch_onebit selftest``: every Metal or CUDA kernel against the CPU, on this GPU.
 
 The table it prints is one page to attach to a report.
 """
@@ -35,9 +35,10 @@ class Product:
     columns: int
     transpose: bool = True
     timed: bool = False  # also at a real size
+    group_size: int = 64
 
 
-PRODUCTS = [
+METAL_PRODUCTS = [
     Product("qmv", 1, 71, 320, timed=True),
     *(Product(f"qmv_wide, {m} rows", m, 71, 320, timed=m in (4, 8)) for m in (2, 3, 4, 6, 8)),
     Product("qmm", 70, 71, 320, timed=True),
@@ -47,6 +48,19 @@ PRODUCTS = [
     Product("qmm_n", 40, 70, 320, transpose=False, timed=True),
     Product("qmm_n, k split", 16, 2048, 128, transpose=False),
 ]
+CUDA_PRODUCTS = [
+    *(Product(f"b1, {m} rows", m, 71, 512, timed=m == 1, group_size=128) for m in (1, 2, 4)),
+    Product("hmma", 1, 71, 320),
+    Product("hmma, groups of 128", 8, 71, 640, timed=True, group_size=128),
+    Product("hmma or wgmma, 16 rows", 16, 71, 320),
+    Product("wgmma, 32 rows", 30, 200, 512, timed=True),
+    Product("wgmma, 128 rows", 100, 200, 640),
+    Product("wgmma, 256 rows", 300, 8200, 256),
+    Product("wgmma, k split", 40, 128, 2048),
+    Product("decode and cuBLAS", 1100, 71, 320),
+    Product("not transposed", 3, 70, 320, transpose=False),
+]
+PRODUCTS = {"mps": METAL_PRODUCTS, "cuda": CUDA_PRODUCTS}
 REAL_SIZE = 4096  # rows and columns of the timed products
 
 
@@ -82,7 +96,9 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def product_row(case: Product, dtype: torch.dtype, device: str) -> Row:
-    packed, scales, biases, group_size = make_weights(case.rows, case.columns, dtype)
+    packed, scales, biases, group_size = make_weights(
+        case.rows, case.columns, dtype, case.group_size
+    )
     x = torch.randn(case.m, case.columns if case.transpose else case.rows).to(dtype)
     weights = (packed, scales, biases, group_size)
     exact = torch_onebit.qmm(x.double(), *weights, case.transpose)
@@ -186,14 +202,15 @@ def bandwidth(case: Product, device: str) -> float:
     x = torch.randn(case.m, REAL_SIZE).half().to(device)
     weights = (packed.to(device), scales.to(device), biases.to(device), group_size)
     torch_onebit.qmm(x, *weights, case.transpose)
-    torch.mps.synchronize()
+    synchronize = getattr(torch, device).synchronize
+    synchronize()
     repeat, elapsed = 1, 0.0
     while elapsed < 0.3:
         repeat *= 2
         start = time.perf_counter()
         for _ in range(repeat):
             torch_onebit.qmm(x, *weights, case.transpose)
-        torch.mps.synchronize()
+        synchronize()
         elapsed = time.perf_counter() - start
     moved = sum(t.numel() * t.element_size() for t in (packed, scales, biases, x, x))
     return moved * repeat / elapsed / 1e9
@@ -205,7 +222,7 @@ def rows(device: str, measure: bool = True) -> Iterator[Row]:
     for dtype in DTYPES:
         yield from exact_rows(dtype, device)
         yield from level_rows(dtype, device)
-        for case in PRODUCTS:
+        for case in PRODUCTS[device]:
             row = product_row(case, dtype, device)
             if measure and case.timed and dtype == torch.float16:
                 row.gigabytes_per_second = bandwidth(case, device)
@@ -222,17 +239,21 @@ def machine() -> str:
     if platform.system() == "Darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         chip = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    elif torch.cuda.is_available():
+        chip = torch.cuda.get_device_name()
     return f"{chip}, {platform.platform()}"
 
 
 def run() -> None:
-    """Print the table; exit with an error when a kernel fails or there is no Apple GPU."""
-    if not torch.backends.mps.is_available():
-        raise SystemExit("selftest needs an Apple GPU that torch can use, and found none")
+    """Print the table; exit with an error when a kernel fails or there is no GPU with kernels."""
+    is_there = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
+    device = next((name for name, found in is_there.items() if found), None)
+    if device is None:
+        raise SystemExit("selftest needs an Apple or NVIDIA GPU that torch can use, and found none")
     print(f"torch_onebit {torch_onebit.__version__}, torch {torch.__version__}, {machine()}")
     print(f"{'kernel':<27} {'dtype':<9} {'error':>9} {'allowed':>9}  {'':<5}{'GB/s':>8}")
     failed = 0
-    for row in rows("mps"):
+    for row in rows(device):
         print(row, flush=True)
         failed += not row.passed
     if failed:

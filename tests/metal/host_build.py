@@ -10,7 +10,7 @@ import emulator
 import toolchain
 import torch
 
-sys.path.insert(0, str(toolchain.SHADERS))
+sys.path.insert(0, str(toolchain.ROOT / "csrc"))
 import embed
 
 HOST = toolchain.HERE / "host"
@@ -57,7 +57,7 @@ def include_of(source: Path) -> list[str]:
 
 def write_shader_source() -> Path:
     """shader_source.h as setup.py generates it."""
-    text = embed.header(toolchain.SHADERS)
+    text = embed.shader_header(toolchain.SHADERS)
     folder = toolchain.cache_directory() / f"generated-{toolchain.digest(text)}"
     folder.mkdir(exist_ok=True)
     return toolchain.put(folder / "shader_source.h", text)

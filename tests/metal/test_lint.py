@@ -172,7 +172,7 @@ def test_bfloat_takes_no_float_silently(tmp_path):
 def test_the_embedded_source_is_one_ascii_text():
     import embed
 
-    text = embed.source(toolchain.SHADERS)
+    text = embed.shader_source(toolchain.SHADERS)
     assert text.isascii()
     assert '#include "' not in text
     assert text.count("struct QmmParams") == 1

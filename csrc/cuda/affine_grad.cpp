@@ -1,0 +1,57 @@
+// The gradients of scales and biases on CUDA.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "../ops/product/rules.h"
+#include "tensors.h"
+
+namespace onebit::cuda {
+namespace {
+
+std::tuple<Tensor, Tensor> affine_grad_cuda(const Tensor& grad,
+                                            const Tensor& x,
+                                            const Tensor& packed,
+                                            const OptionalTensor& lhs_indices,
+                                            const OptionalTensor& rhs_indices,
+                                            int64_t group_size,
+                                            bool transpose) {
+  const auto shape =
+      check_affine_grad<int64_t>(grad, x, packed, lhs_indices, rhs_indices, group_size, transpose);
+  if (!has_kernels(x)) {
+    return composite(&affine_grad_cuda, "onebit::affine_grad", grad, x, packed, lhs_indices,
+                     rhs_indices, group_size, transpose);
+  }
+  const c10::DeviceGuard guard(x.device());
+  const auto sizes = levels_shape<int64_t>(packed, group_size);
+  const auto options = x.options().dtype(at::kFloat);
+  if (grad.numel() == 0 || shape.k == 0 || packed.numel() == 0) {
+    return {at::zeros(sizes, options), at::zeros(sizes, options)};
+  }
+  auto grad_scales = at::empty(sizes, options), grad_biases = at::empty(sizes, options);
+  const BatchIndices index(shape, x, packed, lhs_indices, rhs_indices);
+  const auto by_output = aligned(grad), by_input = aligned(x), bits = words_of(packed);
+  const AffineGradArgs args = {by_output.const_data_ptr(),
+                               by_input.const_data_ptr(),
+                               words(bits),
+                               grad_scales.mutable_data_ptr<float>(),
+                               grad_biases.mutable_data_ptr<float>(),
+                               index_data(index.x),
+                               index_data(index.w),
+                               index.x_matrices,
+                               index.batches,
+                               uint32_t(shape.m),
+                               uint32_t(transpose ? shape.n : shape.k),
+                               uint32_t(transpose ? shape.k : shape.n),
+                               transpose ? 0u : 1u};
+  launch(plan_affine_grad(args, index.w_matrices, value_type(x), group_words(group_size)), args);
+  return {grad_scales, grad_biases};
+}
+
+}  // namespace
+TORCH_LIBRARY_IMPL(onebit, CUDA, m) { m.impl("affine_grad", &affine_grad_cuda); }
+
+}  // namespace onebit::cuda
