@@ -86,12 +86,12 @@ soak: build
 
 # Every file of csrc by both compilers of Debian 12 and no warning; the kernels of the second one
 # against each other.
-STRICT := -std=c++20 -fopenmp -Wall -Wextra -Wpedantic -Werror -Icsrc/mps
+STRICT := -std=c++20 -Wall -Wextra -Wpedantic -Werror -Icsrc/mps
 TORCH_HEADERS = $(addprefix -isystem , $(shell $(BIN)/python -c \
   'from torch.utils.cpp_extension import include_paths as p; print(*p())'))
 
 compilers: $(VENV)/.installed
-	for compile in "$(GXX) -O1 -c -o /dev/null" "$(CLANGXX) -fsyntax-only"; do \
+	for compile in "$(GXX) -fopenmp -O1 -c -o /dev/null" "$(CLANGXX) -fsyntax-only"; do \
 	  find csrc -name '*.cpp' | xargs -t -P 2 -n 1 $$compile $(STRICT) $(TORCH_HEADERS) || exit 1; \
 	done
 	mkdir -p build
