@@ -107,6 +107,24 @@ def test_tied_weights_stay_tied_both_ways():
     assert model.head.weight is model.embed.weight
 
 
+def through_training(model):
+    return torch_onebit.convert_(torch_onebit.prepare_qat_(model))
+
+
+@pytest.mark.parametrize("swap", [torch_onebit.dequantize_, through_training])
+def test_layers_that_share_words_and_not_levels_keep_their_weights(swap):
+    model = nn.Sequential(nn.Embedding(7, 128), nn.Linear(128, 7))
+    model[1].weight = model[0].weight
+    torch_onebit.quantize_(model, group_size=64)
+    model[0].biases = nn.Parameter(model[0].biases * 3)
+    before = [layer.dequantize() for layer in model]
+    assert not torch.equal(*before)
+    swap(model)
+    for layer, w in zip(model, before, strict=True):
+        now = layer.dequantize() if hasattr(layer, "dequantize") else layer.weight
+        torch.testing.assert_close(now, w)
+
+
 def test_a_layer_with_two_names_stays_one_layer():
     shared = nn.Linear(128, 128)
     model = quantize_(nn.Sequential(shared, nn.ReLU(), shared))

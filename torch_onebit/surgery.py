@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from torch_onebit.checks import check_callable, check_group_size, check_model, check_skip
@@ -100,14 +100,12 @@ class Surgery:
         self.step, self.model, self.wanted = step, model, wanted
         self.reasons: dict[int, str] = {}  # why layers stay, by their identity
         self.unused = set(skip)
-        self._left: dict[
-            int, str
-        ] = {}  # names of layers that stay, by the identity of their weight
+        self._left: dict[tuple[int, ...], str] = {}  # names of layers that stay, by their weight
         self._stayed: dict[int, tuple[str, nn.Module]] = {}
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
         jobs: dict[int, Job] = {}
         adapters = _adapters(model)
-        holders: dict[int, set[int]] = {}  # layers by their weight
+        holders: dict[tuple[int, ...], set[int]] = {}  # layers by their weight
         for name, parent, attribute, layer in _places(model, wanted):
             holders.setdefault(_weight_id(layer), set()).add(id(layer))
             options = self._options(layer, name, filter_fn, skip, defaults or {})
@@ -181,7 +179,7 @@ class Surgery:
 
     def share(self, share: Callable[[Any, Any], None] | None) -> None:
         """Call ``share(owner, other)`` for layers that take the place of ones with one weight."""
-        first: dict[int, Job] = {}
+        first: dict[tuple[int, ...], Job] = {}
         for job in self.jobs:
             key = _weight_id(job.layer)
             owner = first.setdefault(key, job)
@@ -271,12 +269,12 @@ def _adapters(model: nn.Module) -> set[str]:
     return found
 
 
-def _weight_id(layer: nn.Module) -> int:
-    """The identity of the tensor a layer keeps as its weight; of the layer when it keeps none."""
-    kept: Tensor | None = layer._parameters.get("weight")
-    if kept is None:
-        kept = layer._buffers.get("weight")
-    return id(layer if kept is None else kept)
+def _weight_id(layer: nn.Module) -> tuple[int, ...]:
+    """The identities of the tensors a layer keeps as its weight, levels of its own included; of the
+    layer when it keeps none. Layers that share words and not levels have weights of their own."""
+    kept = {**layer._parameters, **layer._buffers}
+    ids = [id(kept[name]) for name in ("weight", "scales", "biases") if kept.get(name) is not None]
+    return tuple(ids) or (id(layer),)
 
 
 def _join(*notes: str) -> str:
