@@ -1,5 +1,4 @@
 // The operators of ../ops/levels on the CPU: whole groups, split among threads.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -7,6 +6,7 @@
 
 #include "../ops/levels/rules.h"
 #include "levels.h"
+#include "parallel.h"
 #include "tensors.h"
 
 namespace onebit::cpu {
@@ -17,7 +17,7 @@ constexpr int64_t kValuesPerTask = 1 << 16;
 
 template <class F>
 void for_groups(int64_t groups, int64_t group_size, const F& f) {
-  at::parallel_for(0, groups, kValuesPerTask / group_size, f);
+  in_parallel(0, groups, kValuesPerTask / group_size, f);
 }
 
 Rule rule_of(c10::string_view name) {
@@ -182,7 +182,7 @@ Tensor flip_bits_cpu(Tensor& bits,
     const auto* moment = square.template const_data_ptr<Real>();
     auto* errors = local.template mutable_data_ptr<Real>();
     auto* change = changes.template mutable_data_ptr<Real>();
-    at::parallel_for(0, n, 16, [&](int64_t first, int64_t last) {
+    in_parallel(0, n, 16, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
         const int64_t offset = r * (end - begin);
         flip_row(flags + r * k, scale + r * (k / group_size), moment, errors + offset,

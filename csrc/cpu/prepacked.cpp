@@ -1,11 +1,11 @@
 // prepack and qmm_prepacked on the CPU.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
 #include "../ops/product/rules.h"
+#include "parallel.h"
 #include "prepacked.h"
 #include "tasks.h"
 #include "tensors.h"
@@ -39,8 +39,8 @@ Tensor prepack(const Tensor& packed,
   const PrepackedLayout layout(w);
   auto out = at::empty({layout.bytes()}, packed.options().dtype(at::kByte));
   char* data = static_cast<char*>(out.mutable_data_ptr());
-  at::parallel_for(0, layout.tiles, 16,
-                   [&](int64_t begin, int64_t end) { table.prepack(w, data, begin, end); });
+  in_parallel(0, layout.tiles, 16,
+              [&](int64_t begin, int64_t end) { table.prepack(w, data, begin, end); });
   return out;
 }
 
@@ -79,7 +79,7 @@ Tensor prepacked_cpu(const Operands& o) {
   QmmArgs args{
       values.const_data_ptr(), y.mutable_data_ptr(), dtype_of(x), rows, shape.n, shape.k, w};
   const int64_t grain = ceil_div(kMacsPerTask, PrepackedLayout::kTileRows * shape.k * rows);
-  at::parallel_for(0, layout.tiles, grain, [&](int64_t begin, int64_t end) {
+  in_parallel(0, layout.tiles, grain, [&](int64_t begin, int64_t end) {
     table.qmm_prepacked(args, data,
                         {0, rows, begin * PrepackedLayout::kTileRows,
                          std::min(end * PrepackedLayout::kTileRows, shape.n)});

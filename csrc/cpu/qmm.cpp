@@ -1,6 +1,5 @@
 // qmm, gather_qmm and their gradient on the CPU: which matrix of x meets which matrix of weights,
 // and how the work is split among threads.
-#include <ATen/Parallel.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -13,6 +12,7 @@
 
 #include "../ops/product/rules.h"
 #include "indices.h"
+#include "parallel.h"
 #include "tasks.h"
 #include "tensors.h"
 
@@ -118,7 +118,7 @@ Tensor product_cpu(const Operands& o) {
   int64_t tasks = 0;  // a task: one row of x times one tile of columns
   for (const auto& p : pieces) tasks += (p.m_end - p.m_begin) * tiles;
   const int64_t grain = ceil_div(kMacsPerTask, std::max<int64_t>(n_tile * shape.k, 1));
-  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+  in_parallel(0, tasks, grain, [&](int64_t begin, int64_t end) {
     int64_t first_task = 0;  // of the piece
     for (const auto& p : pieces) {
       // A tile goes to the thread that has its first task; no thread's tile is split.
@@ -171,7 +171,7 @@ std::tuple<Tensor, Tensor> affine_grad_cpu(const Tensor& grad,
   auto* scales_data = static_cast<char*>(grad_scales.mutable_data_ptr());
   auto* biases_data = static_cast<char*>(grad_biases.mutable_data_ptr());
   const int64_t macs = std::max<int64_t>(shape.m * word_count * kWordBits, 1);
-  at::parallel_for(0, rows, ceil_div(kMacsPerTask, macs), [&](int64_t begin, int64_t end) {
+  in_parallel(0, rows, ceil_div(kMacsPerTask, macs), [&](int64_t begin, int64_t end) {
     for (size_t b = 0; b < batches.x_index.size();
          ++b) {  // in order: sums do not depend on threads
       const int64_t w = batches.w_index[b];

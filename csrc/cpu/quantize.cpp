@@ -1,5 +1,4 @@
 // quantize, dequantize and embedding on the CPU: one pass over whole groups, split among threads.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -7,6 +6,7 @@
 
 #include "../ops/codec/rules.h"
 #include "indices.h"
+#include "parallel.h"
 #include "tensors.h"
 
 namespace onebit::cpu {
@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_cpu(const Tensor& w, int64_t group_s
   auto biases = at::empty(shape.scales, w.options());
   const auto values = w.contiguous();
   const auto& table = kernels();
-  at::parallel_for(0, scales.numel(), kValuesPerTask / group_size, [&](int64_t begin, int64_t end) {
+  in_parallel(0, scales.numel(), kValuesPerTask / group_size, [&](int64_t begin, int64_t end) {
     table.quantize(values.const_data_ptr(), dtype_of(values), int(group_size),
                    static_cast<uint32_t*>(packed.mutable_data_ptr()), scales.mutable_data_ptr(),
                    biases.mutable_data_ptr(), begin, end);
@@ -41,7 +41,7 @@ Tensor dequantize_cpu(const Tensor& packed,
   const auto& table = kernels();
   auto* out = static_cast<char*>(w.mutable_data_ptr());
   const int64_t group_bytes = group_size * w.element_size();
-  at::parallel_for(0, scales.numel(), kValuesPerTask / group_size, [&](int64_t begin, int64_t end) {
+  in_parallel(0, scales.numel(), kValuesPerTask / group_size, [&](int64_t begin, int64_t end) {
     table.dequantize(matrix, out + begin * group_bytes, begin, end);
   });
   return w;
@@ -62,7 +62,7 @@ Tensor embedding_cpu(const Tensor& indices,
   const auto& table = kernels();
   auto* bytes = static_cast<char*>(out.mutable_data_ptr());
   const int64_t rows_per_task = kValuesPerTask / std::max<int64_t>(matrix.columns, 1) + 1;
-  at::parallel_for(0, int64_t(rows.size()), rows_per_task, [&](int64_t begin, int64_t end) {
+  in_parallel(0, int64_t(rows.size()), rows_per_task, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       table.dequantize(matrix, bytes + i * row_bytes, rows[i] * groups, (rows[i] + 1) * groups);
     }
