@@ -19,6 +19,16 @@ struct AffineGrad {
   float *grad_scales, *grad_biases;
 };
 
+template <class L, int kCount>
+ONEBIT_INLINE float sum_of(const float* x) {
+  auto sum = L::load(x);
+  ONEBIT_UNROLL
+  for (int i = L::kLanes; i < kCount; i += L::kLanes) sum = L::add(sum, L::load(x + i));
+  return L::sum(sum);
+}
+
+alignas(64) constexpr float kZeros[128] = {};  // what a clear bit stands for
+
 // kM rows of activations, one group: adds to sums over weight rows [row, row + rows).
 template <class L, int kM, int kWords>
 void add_grad(const AffineGrad& a,
@@ -30,8 +40,15 @@ void add_grad(const AffineGrad& a,
               float* table,
               float* scales,
               float* biases) {
+  constexpr int kCount = kWords * kWordBits;
+  alignas(64) float buffer[kCount];
   float sums[kM];
-  build_tables<L, kM, kWords>(a.by_column, m, group * kWords * kWordBits, table, sums);
+  for (int i = 0; i < kM; ++i) {
+    const float* v = as_floats<L>(a.by_column.data, a.by_column.dtype,
+                                  a.by_column.offset(m + i, group * kCount), kCount, buffer);
+    L::template build<kM, kWords>({kZeros, v}, i, table);
+    sums[i] = sum_of<L, kCount>(v);
+  }
   for (int64_t n = 0; n < rows; n += L::kRows, index += L::index_size(kWords)) {
     typename L::Vec acc[kM][L::kVectors];
     collect<L, kM, kWords>(index, table, acc);

@@ -11,6 +11,8 @@ namespace {
 
 struct Avx2 {
   using Vec = __m256;
+  using Ints = __m256i;
+  using Mask = __m256;  // the sign of a lane
   static constexpr int kLanes = 8;
 
   static ONEBIT_INLINE Vec zero() { return _mm256_setzero_ps(); }
@@ -21,6 +23,46 @@ struct Avx2 {
   static ONEBIT_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
   static ONEBIT_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static ONEBIT_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  // c - a * b
+  static ONEBIT_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
+  static ONEBIT_INLINE Vec abs(Vec v) { return _mm256_andnot_ps(set(-0.0f), v); }
+  static ONEBIT_INLINE Vec exclusive_or(Vec a, Vec b) { return _mm256_xor_ps(a, b); }
+
+  static ONEBIT_INLINE Ints ints(int32_t v) { return _mm256_set1_epi32(v); }
+  static ONEBIT_INLINE Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+  static ONEBIT_INLINE Ints sub_ints(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
+  // (a + b) / 2, without overflow.
+  static ONEBIT_INLINE Ints half_sum(Ints a, Ints b) {
+    const __m256i half = _mm256_srai_epi32(_mm256_xor_si256(a, b), 1);
+    return _mm256_add_epi32(_mm256_and_si256(a, b), half);
+  }
+  static ONEBIT_INLINE int32_t sum_ints(Ints v) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+  }
+  static ONEBIT_INLINE Vec to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
+  // To nearest, ties to even.
+  static ONEBIT_INLINE Ints round(Vec v) { return _mm256_cvtps_epi32(v); }
+  static ONEBIT_INLINE void store_ints(int32_t* p, Ints v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+  }
+  static ONEBIT_INLINE void store_ints(int16_t* p, Ints v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+  }
+
+  // mask ? a : b
+  static ONEBIT_INLINE Vec choose(Mask mask, Vec a, Vec b) { return _mm256_blendv_ps(b, a, mask); }
+  static ONEBIT_INLINE Ints choose(Mask mask, Ints a, Ints b) {
+    return _mm256_castps_si256(
+        _mm256_blendv_ps(_mm256_castsi256_ps(b), _mm256_castsi256_ps(a), mask));
+  }
+  static ONEBIT_INLINE Mask negative(Vec v) { return v; }
+  static ONEBIT_INLINE Mask bit_of(const uint32_t* p, int bit) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm256_castsi256_ps(_mm256_sll_epi32(words, _mm_cvtsi32_si128(31 - bit)));
+  }
   // a < b ? a : b and a > b ? a : b: NaN in a, and equal zeros, give b.
   static ONEBIT_INLINE Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
   static ONEBIT_INLINE Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
@@ -107,14 +149,6 @@ struct Avx2 {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(out), narrow(v, dtype));
     }
     if (count < kLanes && count > 0) std::memcpy(to, part, count * size);
-  }
-
-  // Rounded to nearest, ties to even; limited to what int16 holds.
-  static ONEBIT_INLINE void store_int16(int16_t* p, Vec v) {
-    const __m256i whole = _mm256_cvtps_epi32(v);
-    _mm_storeu_si128(
-        reinterpret_cast<__m128i*>(p),
-        _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
   }
 
   // 32 values: high where the bit is set. `stream` needs 64-byte alignment.

@@ -11,6 +11,8 @@ namespace {
 
 struct Avx512 {
   using Vec = __m512;
+  using Ints = __m512i;
+  using Mask = __mmask16;
   static constexpr int kLanes = 16;
 
   static ONEBIT_INLINE Vec zero() { return _mm512_setzero_ps(); }
@@ -20,8 +22,41 @@ struct Avx512 {
   static ONEBIT_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static ONEBIT_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static ONEBIT_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  // c - a * b
+  static ONEBIT_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }
+  static ONEBIT_INLINE Vec abs(Vec v) { return _mm512_abs_ps(v); }
+  static ONEBIT_INLINE Vec exclusive_or(Vec a, Vec b) { return _mm512_xor_ps(a, b); }
   static ONEBIT_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
   static ONEBIT_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+
+  static ONEBIT_INLINE Ints ints(int32_t v) { return _mm512_set1_epi32(v); }
+  static ONEBIT_INLINE Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+  static ONEBIT_INLINE Ints sub_ints(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+  // (a + b) / 2, without overflow.
+  static ONEBIT_INLINE Ints half_sum(Ints a, Ints b) {
+    const __m512i half = _mm512_srai_epi32(_mm512_xor_si512(a, b), 1);
+    return _mm512_add_epi32(_mm512_and_si512(a, b), half);
+  }
+  static ONEBIT_INLINE int32_t sum_ints(Ints v) { return _mm512_reduce_add_epi32(v); }
+  static ONEBIT_INLINE Vec to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+  // To nearest, ties to even.
+  static ONEBIT_INLINE Ints round(Vec v) { return _mm512_cvtps_epi32(v); }
+  static ONEBIT_INLINE void store_ints(int32_t* p, Ints v) { _mm512_storeu_si512(p, v); }
+  static ONEBIT_INLINE void store_ints(int16_t* p, Ints v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
+  }
+
+  // mask ? a : b
+  static ONEBIT_INLINE Vec choose(Mask mask, Vec a, Vec b) {
+    return _mm512_mask_blend_ps(mask, b, a);
+  }
+  static ONEBIT_INLINE Ints choose(Mask mask, Ints a, Ints b) {
+    return _mm512_mask_blend_epi32(mask, b, a);
+  }
+  static ONEBIT_INLINE Mask negative(Vec v) { return _mm512_movepi32_mask(_mm512_castps_si512(v)); }
+  static ONEBIT_INLINE Mask bit_of(const uint32_t* p, int bit) {
+    return _mm512_test_epi32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(int(1u << bit)));
+  }
   // a < b ? a : b and a > b ? a : b: NaN in a, and equal zeros, give b.
   static ONEBIT_INLINE Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a, b); }
   static ONEBIT_INLINE Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
@@ -91,12 +126,6 @@ struct Avx512 {
     } else {
       return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), kType);
     }
-  }
-
-  // Rounded to nearest, ties to even; limited to what int16 holds.
-  static ONEBIT_INLINE void store_int16(int16_t* p, Vec v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
   }
 
   // 32 values: high where the bit is set. `stream` needs 64-byte alignment.

@@ -20,9 +20,10 @@ namespace onebit::cpu {
 namespace {
 
 struct Shapes {
-  using Stream = LookupAvx2<4>;
-  using Panel = LookupAvx2<2>;
-  using Narrow = LookupAvx2<2>;
+  using Stream = LookupAvx2<4, Integers>;
+  using Panel = LookupAvx2<2, Integers>;
+  using Sums = LookupAvx2<2, Chosen>;
+  using NarrowSums = Sums;
   using Stream16 = LookupAvx2Int16<2>;
   using Panel16 = LookupAvx2Int16<1>;
   static constexpr int kTile = 64;

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "float_types.h"
 #include "kernels.h"
 #include "scratch.h"
@@ -27,9 +29,10 @@ namespace {
 struct Shapes {
   // 128 outputs at a time for one row of x: the tables of all of k come from L2, and are read half
   // as often as with 64.
-  using Stream = LookupAvx512<8>;
-  using Panel = LookupAvx512<4>;
-  using Narrow = LookupAvx512<2>;
+  using Stream = LookupAvx512<8, Integers>;
+  using Panel = LookupAvx512<4, Integers>;
+  using Sums = LookupAvx512<4, Chosen>;
+  using NarrowSums = LookupAvx512<2, Chosen>;
   using Stream16 = LookupAvx512Int16<4>;
   using Panel16 = LookupAvx512Int16<4>;
   static constexpr int kTile = 64;

@@ -16,11 +16,12 @@ namespace onebit::cpu {
 namespace {
 
 struct Shapes {
-  using Stream = LookupNeon<4>;
-  using Panel = LookupNeon<4>;
-  using Narrow = LookupNeon<4>;
+  using Stream = LookupNeon<4, Integers>;
+  using Panel = Stream;
   using Stream16 = Stream;
-  using Panel16 = Panel;
+  using Panel16 = Stream;
+  using Sums = LookupNeon<4, Chosen>;
+  using NarrowSums = Sums;
   static constexpr int kTile = 64;
 };
 

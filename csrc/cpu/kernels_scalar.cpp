@@ -23,9 +23,10 @@ struct Levels {
   const S* scales;
   const S* biases;  // or null
 
-  double scale(int64_t group) const { return to_float(scales[group]); }
-  double bias(int64_t group) const {
-    return biases ? double(to_float(biases[group])) : -0.5 * to_float(scales[group]);
+  // What a bit stands for; with an infinite scale neither is finite, as dequantize has it.
+  double value(int64_t group, bool bit) const {
+    const double scale = to_float(scales[group]);
+    return scale * double(bit) + (biases ? double(to_float(biases[group])) : -0.5 * scale);
   }
 };
 
@@ -44,7 +45,7 @@ void store(double sum, T& out) {
   }
 }
 
-// y[m, n] = sum_g scale[n, g] * (sum of x where the bit is set) + bias[n, g] * (sum of x).
+// y[m, n] = sum_j x[m, j] * (scale[n, g] * bit[n, j] + bias[n, g]) with g the group of column j.
 template <class T, class S>
 void qmm_t(const QmmArgs& a, const Block& block) {
   const auto* x = static_cast<const T*>(a.x);
@@ -55,13 +56,12 @@ void qmm_t(const QmmArgs& a, const Block& block) {
     for (int64_t n = block.n_begin; n < block.n_end; ++n) {
       double sum = 0;
       for (int64_t g = 0; g < groups; ++g) {
-        double set = 0, all = 0;
+        const double level[2] = {levels.value(n * groups + g, false),
+                                 levels.value(n * groups + g, true)};
         for (int64_t j = g * a.w.group_size; j < (g + 1) * a.w.group_size; ++j) {
           const double value = to_float(x[x_row(a, m) * a.k + j]);
-          all += value;
-          if (bit_at(a.w.packed + n * words, j)) set += value;
+          sum += value * level[bit_at(a.w.packed + n * words, j)];
         }
-        sum += levels.scale(n * groups + g) * set + levels.bias(n * groups + g) * all;
       }
       store(sum, y[y_row(a, m) * a.n + n]);
     }
@@ -82,8 +82,8 @@ void qmm_n(const QmmArgs& a, const Block& block) {
       const double value = to_float(x[x_row(a, m) * a.k + k]);
       for (int64_t n = block.n_begin; n < block.n_end; ++n) {
         const int64_t group = k * groups + n / a.w.group_size;
-        const double bit = bit_at(a.w.packed + k * words, n);
-        sums[n - block.n_begin] += value * (levels.scale(group) * bit + levels.bias(group));
+        const bool bit = bit_at(a.w.packed + k * words, n);
+        sums[n - block.n_begin] += value * levels.value(group, bit);
       }
     }
     for (int64_t n = block.n_begin; n < block.n_end; ++n) {

@@ -1,7 +1,6 @@
-// Exact float32 by table lookup: the 8 subset sums of 3 activations sit in one register, and
-// vpermps looks them up with 3 weight bits of 8 output rows: 24 multiply-adds for one shuffle and
-// one add. Of each word, 10 lookups take bits 0-29; bits 30 and 31 of a group's words are collected
-// in one more vector when packing.
+// The 8 subset sums of 3 activations sit in one register, and vpermps looks them up with 3 weight
+// bits of 8 output rows: 24 multiply-adds for one shuffle and one add. Of each word, 10 lookups
+// take bits 0-29; bits 30 and 31 of a group's words are collected in one more vector when packing.
 #pragma once
 
 #include "avx2-inl.h"
@@ -9,9 +8,47 @@
 namespace onebit::cpu {
 namespace {
 
-// kVectors * 8 output rows in a tile.
-template <int kVectors_>
+// One group of x in fixed point: 0 where the bit is clear.
+struct Integers {
+  using Vec = Avx2::Vec;
+  using Sum = __m256i;
+
+  ONEBIT_INLINE explicit Integers(const int32_t* values) : x(values) {}
+  // Column i, as set in lanes of ones and as clear in the others.
+  ONEBIT_INLINE Vec value(Vec lanes, int i) const {
+    return _mm256_and_ps(lanes, _mm256_castsi256_ps(_mm256_set1_epi32(x[i])));
+  }
+  static ONEBIT_INLINE Vec sum(Vec a, Vec b) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+  }
+  static ONEBIT_INLINE Vec start(const int32_t* group, int m) {
+    return _mm256_castsi256_ps(_mm256_set1_epi32(-group[m]));
+  }
+  static ONEBIT_INLINE Sum result(Vec v) { return _mm256_castps_si256(v); }
+
+  const int32_t* x;
+};
+
+// Floats, one for a set bit and one for a clear one.
+struct Chosen {
+  using Vec = Avx2::Vec;
+  using Sum = Vec;
+
+  ONEBIT_INLINE Vec value(Vec lanes, int i) const {
+    return _mm256_blendv_ps(_mm256_set1_ps(clear[i]), _mm256_set1_ps(set[i]), lanes);
+  }
+  static ONEBIT_INLINE Vec sum(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static ONEBIT_INLINE Vec start(const int32_t*, int) { return _mm256_setzero_ps(); }
+  static ONEBIT_INLINE Sum result(Vec v) { return v; }
+
+  const float *clear, *set;
+};
+
+// kVectors * 8 output rows in a tile. Numbers_: what is summed, Integers or Chosen.
+template <int kVectors_, class Numbers_>
 struct LookupAvx2 : Avx2 {
+  using Numbers = Numbers_;
+  using Integer = int32_t;
   static constexpr int kVectors = kVectors_;
   static constexpr int kRows = kVectors * kLanes;
   static constexpr int kMaxM = 4;  // 8 accumulators, 2 indices, a table: 5 rows spill
@@ -86,33 +123,40 @@ struct LookupAvx2 : Avx2 {
     }
   }
 
-  // v in the lanes whose number has the bit, 0 in the others.
-  static ONEBIT_INLINE Vec in_lanes(float v, int bit) {
+  // Ones in the lanes whose number has the bit.
+  static ONEBIT_INLINE Vec lanes_with(int bit) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), b = _mm256_set1_epi32(bit);
-    return _mm256_and_ps(set(v),
-                         _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(lane, b), b)));
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(lane, b), b));
   }
-  static ONEBIT_INLINE Vec sums_of_3(float a, float b, float c) {
-    return add(add(in_lanes(a, 1), in_lanes(b, 2)), in_lanes(c, 4));
+  // Columns b and c may be absent: -1.
+  static ONEBIT_INLINE Vec sums_of_3(const Numbers& x, int a, int b, int c) {
+    Vec t = x.value(lanes_with(1), a);
+    if (b >= 0) t = Numbers::sum(t, x.value(lanes_with(2), b));
+    return c >= 0 ? Numbers::sum(t, x.value(lanes_with(4), c)) : t;
   }
 
   // Tables of one group for row m of a tile of kM rows.
   template <int kM, int kWords>
-  static ONEBIT_INLINE void build(const float* x, int m, float* table) {
+  static ONEBIT_INLINE void build(const Numbers& x, int m, float* table) {
     float* t = table + m * 8;
     for (int word = 0; word < kWords; ++word) {
-      for (int i = 0; i < 30; i += 3, t += kM * 8) {
-        store(t, sums_of_3(x[word * 32 + i], x[word * 32 + i + 1], x[word * 32 + i + 2]));
+      for (int i = word * 32; i < word * 32 + 30; i += 3, t += kM * 8) {
+        store(t, sums_of_3(x, i, i + 1, i + 2));
       }
     }
-    const auto spare = [&](int i) __attribute__((always_inline)) {
-      return i < 2 * kWords ? x[i / 2 * 32 + 30 + i % 2] : 0.0f;
+    const auto spare = [](int i) __attribute__((always_inline)) {
+      return i < 2 * kWords ? i / 2 * 32 + 30 + i % 2 : -1;
     };
     ONEBIT_UNROLL
     for (int i = 0; i < 2 * kWords; i += 3, t += kM * 8) {
-      store(t, sums_of_3(spare(i), spare(i + 1), spare(i + 2)));
+      store(t, sums_of_3(x, spare(i), spare(i + 1), spare(i + 2)));
     }
   }
+
+  // Column j of a group in an index: bit_of(index + dword(j, r), bit(j, r)) for the rows of vector
+  // r.
+  static constexpr int dword(int column, int r) { return column / 32 * kRows + r * kLanes; }
+  static constexpr int bit(int column, int) { return column % 32; }
 
   template <int kM>
   static ONEBIT_INLINE void look_up(const float* t,
@@ -124,7 +168,7 @@ struct LookupAvx2 : Avx2 {
       asm("" : "+x"(sums));  // loaded once, not folded into every shuffle
       ONEBIT_UNROLL
       for (int r = 0; r < kVectors; ++r) {
-        acc[m][r] = add(acc[m][r], _mm256_permutevar8x32_ps(sums, index[r]));
+        acc[m][r] = Numbers::sum(acc[m][r], _mm256_permutevar8x32_ps(sums, index[r]));
         asm("" : "+x"(acc[m][r]));  // in registers: GCC 12 spills them otherwise
       }
     }
@@ -147,15 +191,18 @@ struct LookupAvx2 : Avx2 {
     return t;
   }
 
-  // emit(m, r, v): v = the sum of the activations of one group where the row's bit is set, for the
-  // rows of vector r.
-  template <int kM, int kWords, class Emit>
-  static ONEBIT_INLINE void tile(const uint32_t* index, const float* table, const Emit& emit) {
+  // emit(r, v): v[m] = the sums of one group of row m of x with the weight bits of the rows of
+  // vector r; of Integers, doubled, the sums less those of the whole group, `group`.
+  template <int kM, int kWords, bool = true, class Emit>
+  static ONEBIT_INLINE void tile(const uint32_t* index,
+                                 const float* table,
+                                 const int32_t* group,
+                                 const Emit& emit) {
     Vec acc[kM][kVectors];
     ONEBIT_UNROLL
     for (int m = 0; m < kM; ++m) {
       ONEBIT_UNROLL
-      for (int r = 0; r < kVectors; ++r) acc[m][r] = zero();
+      for (int r = 0; r < kVectors; ++r) acc[m][r] = Numbers::start(group, m);
     }
     ONEBIT_NO_UNROLL
     for (int word = 0; word < kWords; ++word, index += kRows) {
@@ -163,9 +210,11 @@ struct LookupAvx2 : Avx2 {
     }
     look_up_many<kM>(spare_lookups(kWords), table, index, acc);
     ONEBIT_UNROLL
-    for (int m = 0; m < kM; ++m) {
+    for (int r = 0; r < kVectors; ++r) {
+      typename Numbers::Sum sums[kM];
       ONEBIT_UNROLL
-      for (int r = 0; r < kVectors; ++r) emit(m, r, acc[m][r]);
+      for (int m = 0; m < kM; ++m) sums[m] = Numbers::result(acc[m][r]);
+      emit(r, sums);
     }
   }
 };

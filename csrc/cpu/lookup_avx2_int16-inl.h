@@ -6,7 +6,6 @@
 #pragma once
 
 #include "avx2-inl.h"
-#include "block_scale-inl.h"
 
 namespace onebit::cpu {
 namespace {
@@ -15,6 +14,8 @@ namespace {
 // dword i is row 8 c + i, so that sums widen to vectors of 8 rows in place.
 template <int kQuads_>
 struct LookupAvx2Int16 : Avx2 {
+  using Integer = int16_t;
+  using Numbers = const int16_t*;
   static constexpr int kQuads = kQuads_;
   static constexpr int kVectors = 4 * kQuads;
   static constexpr int kRows = kVectors * kLanes;
@@ -22,8 +23,7 @@ struct LookupAvx2Int16 : Avx2 {
   static constexpr int kTable = 16;  // of 8 columns, in floats: low and high bytes of 2 * 16 sums
 
   static constexpr int index_size(int words) { return words * kRows; }
-  // The scales of the rows of x come last, 16 floats apart.
-  static constexpr int table_size(int words) { return words * 4 * kTable + 16; }
+  static constexpr int table_size(int words) { return words * 4 * kTable; }
 
   // Columns of 4 rows' bytes: out[j] = byte j of dword i of z[0], ..., z[3].
   static ONEBIT_INLINE void interleave(const __m256i* z, __m256i* out) {
@@ -91,16 +91,19 @@ struct LookupAvx2Int16 : Avx2 {
     return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(sums, split), 0xd8);
   }
 
+  // Column j of a group in an index: bit_of(index + dword(j, r), bit(j, r)) for the rows of vector
+  // r.
+  static constexpr int dword(int column, int r) { return (column / 8 * kQuads + r / 4) * kLanes; }
+  static constexpr int bit(int column, int r) { return r % 4 * 8 + column % 8; }
+
   // Tables of one group for row m of a tile of kM rows.
   template <int kM, int kWords>
-  static ONEBIT_INLINE void build(const float* x, int m, float* table) {
-    alignas(64) int16_t v[32 * kWords];
-    table[4 * kWords * kTable * kM + m] = block_scale<LookupAvx2Int16, 32 * kWords>(x, v);
+  static ONEBIT_INLINE void build(const int16_t* x, int m, float* table) {
     ONEBIT_NO_UNROLL
     for (int i = 0; i < 4 * kWords; ++i) {
       auto* t = reinterpret_cast<__m256i*>(table + (i * kM + m) * kTable);
-      _mm256_store_si256(t, sums_of_4(v + 8 * i));
-      _mm256_store_si256(t + 1, sums_of_4(v + 8 * i + 4));
+      _mm256_store_si256(t, sums_of_4(x + 8 * i));
+      _mm256_store_si256(t + 1, sums_of_4(x + 8 * i + 4));
     }
   }
 
@@ -109,10 +112,13 @@ struct LookupAvx2Int16 : Avx2 {
     return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
   }
 
-  // emit(m, r, v): v = the sum of the activations of one group where the row's bit is set, for the
-  // rows of vector r.
-  template <int kM, int kWords, class Emit>
-  static ONEBIT_INLINE void tile(const uint32_t* index, const float* table, const Emit& emit) {
+  // emit(r, v): v[m] = the sums of one group of row m of x where the bits of the rows of vector r
+  // are set, as int32.
+  template <int kM, int kWords, bool = true, class Emit>
+  static ONEBIT_INLINE void tile(const uint32_t* index,
+                                 const float* table,
+                                 const int32_t*,
+                                 const Emit& emit) {
     const __m256i nibble = _mm256_set1_epi8(15), sign = _mm256_set1_epi8(-128);
     __m256i low[kM][kQuads], high[kM][kQuads];  // the low bytes less 128: there is no unsigned >
     ONEBIT_UNROLL
@@ -151,23 +157,30 @@ struct LookupAvx2Int16 : Avx2 {
         }
       }
     }
+    const __m256i upper = _mm256_set1_epi16(-256), first = _mm256_set1_epi32(1);
     ONEBIT_UNROLL
-    for (int m = 0; m < kM; ++m) {
-      const Vec scale = set(table[m]);
+    for (int q = 0; q < kQuads; ++q) {
+      // Rows 8 c + i: in dword i, c = 0 and 2 of `even`, 1 and 3 of `odd`.
+      __m256i even[kM], odd[kM], sums[kM];
       ONEBIT_UNROLL
-      for (int q = 0; q < kQuads; ++q) {
-        const __m256i bytes = _mm256_xor_si256(low[m][q], sign), upper = _mm256_set1_epi16(-256);
-        // Rows 8 c + i: in dword i, c = 0 and 2 of `even`, 1 and 3 of `odd`.
-        const __m256i even =
+      for (int m = 0; m < kM; ++m) {
+        const __m256i bytes = _mm256_xor_si256(low[m][q], sign);
+        even[m] =
             _mm256_or_si256(_mm256_andnot_si256(upper, bytes), _mm256_slli_epi16(high[m][q], 8));
-        const __m256i odd =
-            _mm256_or_si256(_mm256_srli_epi16(bytes, 8), _mm256_and_si256(upper, high[m][q]));
-        const __m256i first = _mm256_set1_epi32(1);
-        emit(m, 4 * q, mul(scale, _mm256_cvtepi32_ps(_mm256_madd_epi16(even, first))));
-        emit(m, 4 * q + 1, mul(scale, _mm256_cvtepi32_ps(_mm256_madd_epi16(odd, first))));
-        emit(m, 4 * q + 2, mul(scale, _mm256_cvtepi32_ps(_mm256_srai_epi32(even, 16))));
-        emit(m, 4 * q + 3, mul(scale, _mm256_cvtepi32_ps(_mm256_srai_epi32(odd, 16))));
+        odd[m] = _mm256_or_si256(_mm256_srli_epi16(bytes, 8), _mm256_and_si256(upper, high[m][q]));
       }
+      const auto emit_from = [&](int r, const __m256i(&z)[kM],
+                                 bool lower) __attribute__((always_inline)) {
+        ONEBIT_UNROLL
+        for (int m = 0; m < kM; ++m) {
+          sums[m] = lower ? _mm256_madd_epi16(z[m], first) : _mm256_srai_epi32(z[m], 16);
+        }
+        emit(4 * q + r, sums);
+      };
+      emit_from(0, even, true);
+      emit_from(1, odd, true);
+      emit_from(2, even, false);
+      emit_from(3, odd, false);
     }
   }
 };

@@ -1,9 +1,8 @@
-// Exact float32 by table lookup: the 32 subset sums of 5 activations sit in two registers, and
-// vpermt2ps looks them up with the 5 weight bits of 16 output rows: 80 multiply-adds for one
-// shuffle and one add, where an FMA does 16. Per 16 columns of a row: bits 0-4, 5-9, 10-14.
-// vpmulhuw brings the last two down and vpmaddwd the upper row of a pair: shifts would compete with
-// the shuffles for their ports (158 against 172 GMAC/s at 4 rows of x, Zen 4). Bits 15 of a group
-// are collected in one more vector.
+// Subset sums of 5 activations, 32 to a table, sit in two registers, and vpermt2ps looks them up
+// with the 5 weight bits of 16 output rows: 80 multiply-adds for one shuffle and one add, where an
+// FMA does 16. Per 16 columns of a row: bits 0-4, 5-9, 10-14. vpmulhuw brings the last two down and
+// vpmaddwd the upper row of a pair: shifts would compete with the shuffles for their ports (158
+// against 172 GMAC/s at 4 rows of x, Zen 4). Bits 15 of a group are collected in one more vector.
 #pragma once
 
 #include "pairs_avx512-inl.h"
@@ -11,13 +10,53 @@
 namespace onebit::cpu {
 namespace {
 
-// kVectors * 16 output rows in a tile.
-template <int kVectors_>
+// One group of x in fixed point: 0 where the bit is clear.
+struct Integers {
+  using Vec = Avx512::Vec;
+  using Sum = __m512i;
+
+  ONEBIT_INLINE explicit Integers(const int32_t* values) : x(values) {}
+  // t + column i, as set in these lanes and as clear in the others.
+  ONEBIT_INLINE Vec add(__mmask16 lanes, Vec t, int i) const {
+    const __m512i v = _mm512_castps_si512(t);
+    return _mm512_castsi512_ps(_mm512_mask_add_epi32(v, lanes, v, _mm512_set1_epi32(x[i])));
+  }
+  static ONEBIT_INLINE Vec sum(Vec a, Vec b) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+  static ONEBIT_INLINE Vec start(const int32_t* group, int m) {
+    return _mm512_castsi512_ps(_mm512_set1_epi32(-group[m]));
+  }
+  static ONEBIT_INLINE Sum result(Vec v) { return _mm512_castps_si512(v); }
+
+  const int32_t* x;
+};
+
+// Floats, one for a set bit and one for a clear one.
+struct Chosen {
+  using Vec = Avx512::Vec;
+  using Sum = Vec;
+
+  ONEBIT_INLINE Vec add(__mmask16 lanes, Vec t, int i) const {
+    return _mm512_add_ps(
+        t, _mm512_mask_mov_ps(_mm512_set1_ps(clear[i]), lanes, _mm512_set1_ps(set[i])));
+  }
+  static ONEBIT_INLINE Vec sum(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static ONEBIT_INLINE Vec start(const int32_t*, int) { return _mm512_setzero_ps(); }
+  static ONEBIT_INLINE Sum result(Vec v) { return v; }
+
+  const float *clear, *set;
+};
+
+// kVectors * 16 output rows in a tile. Numbers_: what is summed, Integers or Chosen.
+template <int kVectors_, class Numbers_>
 struct LookupAvx512 : PairsAvx512<kVectors_ / 2> {
   using Base = PairsAvx512<kVectors_ / 2>;
-  using Avx512::add, Avx512::kLanes, Avx512::set, Avx512::zero;
+  using Avx512::kLanes, Avx512::zero;
   using Base::collect_bits, Base::kPairs, Base::upper_rows;
   using typename Avx512::Vec;
+  using Numbers = Numbers_;
+  using Integer = int32_t;
   static constexpr int kVectors = kVectors_;
   static constexpr int kRows = kVectors * kLanes;
   static constexpr int kMaxM = 4;
@@ -92,34 +131,36 @@ struct LookupAvx512 : PairsAvx512<kVectors_ / 2> {
     }
   }
 
-  static ONEBIT_INLINE Vec sums_of_4(float a, float b, float c, float d) {
-    Vec t = _mm512_maskz_mov_ps(0xaaaa, set(a));
-    t = _mm512_mask_add_ps(t, 0xcccc, t, set(b));
-    t = _mm512_mask_add_ps(t, 0xf0f0, t, set(c));
-    return _mm512_mask_add_ps(t, 0xff00, t, set(d));
+  // Column d may be absent: -1.
+  static ONEBIT_INLINE Vec sums_of_4(const Numbers& x, int a, int b, int c, int d) {
+    Vec t = x.add(0xaaaa, zero(), a);
+    t = x.add(0xcccc, t, b);
+    if (c >= 0) t = x.add(0xf0f0, t, c);
+    return d >= 0 ? x.add(0xff00, t, d) : t;
   }
 
   // Tables of one group for row m of a tile of kM rows.
   template <int kM, int kWords>
-  static ONEBIT_INLINE void build(const float* x, int m, float* table) {
+  static ONEBIT_INLINE void build(const Numbers& x, int m, float* table) {
     float* t = table + m * 32;
-    for (int half = 0; half < 2 * kWords; ++half, x += 16) {
+    ONEBIT_NO_UNROLL
+    for (int half = 0; half < 2 * kWords; ++half) {
       ONEBIT_UNROLL
       for (int i = 0; i < 15; i += 5, t += kM * 32) {
-        const Vec low = sums_of_4(x[i], x[i + 1], x[i + 2], x[i + 3]);
-        _mm512_store_ps(t, low);
-        _mm512_store_ps(t + 16, add(low, set(x[i + 4])));
+        const int c = half * 16 + i;
+        const Vec sums = sums_of_4(x, c, c + 1, c + 2, c + 3);
+        _mm512_store_ps(t, x.add(0, sums, c + 4));
+        _mm512_store_ps(t + 16, x.add(0xffff, sums, c + 4));
       }
     }
-    x -= 32 * kWords;
     t = table + kWords * 6 * 32 * kM + m * 16;
     if (kWords == 4) {
-      _mm512_store_ps(t, sums_of_4(x[127], x[111], x[95], x[79]));
-      _mm512_store_ps(t + kM * 16, sums_of_4(x[63], x[47], x[31], x[15]));
+      _mm512_store_ps(t, sums_of_4(x, 127, 111, 95, 79));
+      _mm512_store_ps(t + kM * 16, sums_of_4(x, 63, 47, 31, 15));
     } else if (kWords == 2) {
-      _mm512_store_ps(t, sums_of_4(x[63], x[47], x[31], x[15]));
+      _mm512_store_ps(t, sums_of_4(x, 63, 47, 31, 15));
     } else {
-      _mm512_store_ps(t, sums_of_4(x[31], x[15], 0, 0));
+      _mm512_store_ps(t, sums_of_4(x, 31, 15, -1, -1));
     }
   }
 
@@ -141,7 +182,7 @@ struct LookupAvx512 : PairsAvx512<kVectors_ / 2> {
       ONEBIT_UNROLL
       for (int r = 0; r < kVectors; ++r) {
         const __m512i i = r % 2 ? upper[r / 2] : index[r / 2];
-        acc[m][r] = add(acc[m][r], _mm512_permutex2var_ps(low, i, high));
+        acc[m][r] = Numbers::sum(acc[m][r], _mm512_permutex2var_ps(low, i, high));
         keep(acc[m][r]);
       }
     }
@@ -160,29 +201,26 @@ struct LookupAvx512 : PairsAvx512<kVectors_ / 2> {
       ONEBIT_UNROLL
       for (int r = 0; r < kVectors; ++r) {
         const __m512i i = r % 2 ? upper[r / 2] : index[r / 2];
-        acc[m][r] = add(acc[m][r], _mm512_permutexvar_ps(i, sums));
+        acc[m][r] = Numbers::sum(acc[m][r], _mm512_permutexvar_ps(i, sums));
         keep(acc[m][r]);
       }
     }
   }
 
-  template <int kM, int kWords, class Emit>
-  static ONEBIT_INLINE void tile_prepacked(const uint32_t* index,
-                                           const float* table,
-                                           const Emit& emit) {
-    tile<kM, kWords, false>(index, table, emit);
-  }
-
-  // emit(m, r, v): v = the sum of the activations of one group where the row's bit is set, for the
-  // rows of vector r. Without kSpareStored, `index` ends before the collected bits.
+  // emit(r, v): v[m] = the sums of one group of row m of x with the weight bits of the rows of
+  // vector r; of Integers, doubled, the sums less those of the whole group, `group`. Without
+  // kSpareStored, `index` ends before the collected bits.
   template <int kM, int kWords, bool kSpareStored = true, class Emit>
-  static ONEBIT_INLINE void tile(const uint32_t* index, const float* table, const Emit& emit) {
+  static ONEBIT_INLINE void tile(const uint32_t* index,
+                                 const float* table,
+                                 const int32_t* group,
+                                 const Emit& emit) {
     Vec acc[kM][kVectors];
     const __m512i by_5 = _mm512_set1_epi16(1 << 11), by_10 = _mm512_set1_epi16(1 << 6);
     ONEBIT_UNROLL
     for (int m = 0; m < kM; ++m) {
       ONEBIT_UNROLL
-      for (int r = 0; r < kVectors; ++r) acc[m][r] = zero();
+      for (int r = 0; r < kVectors; ++r) acc[m][r] = Numbers::start(group, m);
     }
     __m512i w[kPairs], shifted[kPairs], spare[kPairs];
     ONEBIT_UNROLL
@@ -213,9 +251,11 @@ struct LookupAvx512 : PairsAvx512<kVectors_ / 2> {
       look_up_4<kM>(table + 16 * kM, spare, acc);
     }
     ONEBIT_UNROLL
-    for (int m = 0; m < kM; ++m) {
+    for (int r = 0; r < kVectors; ++r) {
+      typename Numbers::Sum sums[kM];
       ONEBIT_UNROLL
-      for (int r = 0; r < kVectors; ++r) emit(m, r, acc[m][r]);
+      for (int m = 0; m < kM; ++m) sums[m] = Numbers::result(acc[m][r]);
+      emit(r, sums);
     }
   }
 };

@@ -1,8 +1,7 @@
 // Activations of 16 bits by int16 tables: 32 output rows in a register, 6 or 5 weight bits a
-// lookup, twice the rate of the float32 tables.
+// lookup, twice the rate of the int32 tables.
 #pragma once
 
-#include "block_scale-inl.h"
 #include "pairs_avx512-inl.h"
 
 namespace onebit::cpu {
@@ -12,17 +11,17 @@ namespace {
 template <int kPairs_>
 struct LookupAvx512Int16 : PairsAvx512<kPairs_> {
   using Base = PairsAvx512<kPairs_>;
-  using Avx512::kLanes, Avx512::mul, Avx512::set;
+  using Avx512::kLanes;
   using Base::kPairs;
-  using typename Avx512::Vec;
+  using Integer = int16_t;
+  using Numbers = const int16_t*;
   static constexpr int kVectors = 2 * kPairs;
   static constexpr int kRows = 32 * kPairs;
   static constexpr int kMaxM = 4;
   static constexpr int kHalfTable = 4 * 16;  // of 16 columns, in floats: 64 + 32 + 32 sums of int16
 
   static constexpr int index_size(int words) { return words * kRows; }
-  // The scales of the rows of x come last, 16 floats apart.
-  static constexpr int table_size(int words) { return words * 2 * kHalfTable + 16; }
+  static constexpr int table_size(int words) { return words * 2 * kHalfTable; }
 
   // Words of kRows rows, `words` of them per row, to index + group * ld.
   template <int kWords>
@@ -52,12 +51,10 @@ struct LookupAvx512Int16 : PairsAvx512<kPairs_> {
 
   // Tables of one group for row m of a tile of kM rows.
   template <int kM, int kWords>
-  static ONEBIT_INLINE void build(const float* x, int m, float* table) {
-    alignas(64) int16_t v[32 * kWords];
-    table[2 * kWords * kHalfTable * kM + m] = block_scale<Avx512, 32 * kWords>(x, v);
+  static ONEBIT_INLINE void build(const int16_t* x, int m, float* table) {
     for (int half = 0; half < 2 * kWords; ++half) {
       float* t = table + (half * kM + m) * kHalfTable;
-      const int16_t* u = v + 16 * half;
+      const int16_t* u = x + 16 * half;
       const __m512i sums = sums_of_5(u);
       _mm512_store_si512(t, sums);
       _mm512_store_si512(t + 16, _mm512_add_epi16(sums, _mm512_set1_epi16(u[5])));
@@ -66,19 +63,15 @@ struct LookupAvx512Int16 : PairsAvx512<kPairs_> {
     }
   }
 
-  template <int kM, int kWords, class Emit>
-  static ONEBIT_INLINE void tile_prepacked(const uint32_t* index,
-                                           const float* table,
-                                           const Emit& emit) {
-    tile<kM, kWords>(index, table, emit);
-  }
-
   static ONEBIT_INLINE void keep(__m512i& v) { asm("" : "+v"(v)); }
 
-  // emit(m, r, v): v = the sum of the activations of one group where the row's bit is set, for the
-  // rows of vector r.
-  template <int kM, int kWords, class Emit>
-  static ONEBIT_INLINE void tile(const uint32_t* index, const float* table, const Emit& emit) {
+  // emit(r, v): v[m] = the sums of one group of row m of x where the bits of the rows of vector r
+  // are set, as int32.
+  template <int kM, int kWords, bool = true, class Emit>
+  static ONEBIT_INLINE void tile(const uint32_t* index,
+                                 const float* table,
+                                 const int32_t*,
+                                 const Emit& emit) {
     const __m512i by_6 = _mm512_set1_epi16(1 << 10), by_11 = _mm512_set1_epi16(1 << 5);
     __m512i acc[kM][kPairs];
     ONEBIT_UNROLL
@@ -123,14 +116,14 @@ struct LookupAvx512Int16 : PairsAvx512<kPairs_> {
       }
     }
     ONEBIT_UNROLL
-    for (int m = 0; m < kM; ++m) {
-      const Vec scale = set(table[m]);
+    for (int r = 0; r < kPairs; ++r) {
+      __m512i sums[kM];
       ONEBIT_UNROLL
-      for (int r = 0; r < kPairs; ++r) {
-        const __m512i lower = _mm512_madd_epi16(acc[m][r], _mm512_set1_epi32(1));
-        emit(m, 2 * r, mul(scale, _mm512_cvtepi32_ps(lower)));
-        emit(m, 2 * r + 1, mul(scale, _mm512_cvtepi32_ps(Base::upper_rows(acc[m][r]))));
-      }
+      for (int m = 0; m < kM; ++m) sums[m] = _mm512_madd_epi16(acc[m][r], _mm512_set1_epi32(1));
+      emit(2 * r, sums);
+      ONEBIT_UNROLL
+      for (int m = 0; m < kM; ++m) sums[m] = Base::upper_rows(acc[m][r]);
+      emit(2 * r + 1, sums);
     }
   }
 };

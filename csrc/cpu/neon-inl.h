@@ -1,5 +1,5 @@
 // NEON vectors of 4 floats. ARM has no cheap 32-bit table lookup, so a "lookup" here is a masked
-// add: the activation, blanked in the lanes whose weight bit is clear.
+// add: the activation in fixed point, blanked in the lanes whose weight bit is clear.
 #pragma once
 
 #include "float_types.h"
@@ -11,6 +11,8 @@ namespace {
 
 struct Neon {
   using Vec = float32x4_t;
+  using Ints = int32x4_t;
+  using Mask = uint32x4_t;
   static constexpr int kLanes = 4;
 
   static ONEBIT_INLINE Vec zero() { return vdupq_n_f32(0); }
@@ -21,6 +23,31 @@ struct Neon {
   static ONEBIT_INLINE Vec sub(Vec a, Vec b) { return vsubq_f32(a, b); }
   static ONEBIT_INLINE Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
   static ONEBIT_INLINE Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+  // c - a * b
+  static ONEBIT_INLINE Vec fnma(Vec a, Vec b, Vec c) { return vfmsq_f32(c, a, b); }
+  static ONEBIT_INLINE Vec abs(Vec v) { return vabsq_f32(v); }
+  static ONEBIT_INLINE Vec exclusive_or(Vec a, Vec b) {
+    return vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)));
+  }
+
+  static ONEBIT_INLINE Ints ints(int32_t v) { return vdupq_n_s32(v); }
+  static ONEBIT_INLINE Ints add_ints(Ints a, Ints b) { return vaddq_s32(a, b); }
+  static ONEBIT_INLINE Ints sub_ints(Ints a, Ints b) { return vsubq_s32(a, b); }
+  // (a + b) / 2, without overflow.
+  static ONEBIT_INLINE Ints half_sum(Ints a, Ints b) { return vhaddq_s32(a, b); }
+  static ONEBIT_INLINE int32_t sum_ints(Ints v) { return vaddvq_s32(v); }
+  static ONEBIT_INLINE Vec to_floats(Ints v) { return vcvtq_f32_s32(v); }
+  // To nearest, ties to even.
+  static ONEBIT_INLINE Ints round(Vec v) { return vcvtnq_s32_f32(v); }
+  static ONEBIT_INLINE void store_ints(int32_t* p, Ints v) { vst1q_s32(p, v); }
+
+  // mask ? a : b
+  static ONEBIT_INLINE Vec choose(Mask mask, Vec a, Vec b) { return vbslq_f32(mask, a, b); }
+  static ONEBIT_INLINE Ints choose(Mask mask, Ints a, Ints b) { return vbslq_s32(mask, a, b); }
+  static ONEBIT_INLINE Mask negative(Vec v) { return vcltzq_s32(vreinterpretq_s32_f32(v)); }
+  static ONEBIT_INLINE Mask bit_of(const uint32_t* p, int bit) {
+    return vtstq_u32(vld1q_u32(p), vdupq_n_u32(1u << bit));
+  }
   // a < b ? a : b and a > b ? a : b: NaN in a, and equal zeros, give b.
   static ONEBIT_INLINE Vec smaller(Vec a, Vec b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
   static ONEBIT_INLINE Vec larger(Vec a, Vec b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
@@ -127,15 +154,49 @@ struct Neon {
   }
 };
 
-// kVectors * 4 output rows in a tile.
-template <int kVectors_>
+// One group of x in fixed point: 0 where the bit is clear.
+struct Integers {
+  using Vec = Neon::Vec;
+  using Sum = int32x4_t;
+  static constexpr bool kChosen = false;
+
+  explicit Integers(const int32_t* values) : set(values) {}
+  static ONEBIT_INLINE Vec sum(Vec a, Vec b) {
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vreinterpretq_s32_f32(b)));
+  }
+  static ONEBIT_INLINE Vec start(const int32_t* group, int m) {
+    return vreinterpretq_f32_s32(vdupq_n_s32(-group[m]));
+  }
+  static ONEBIT_INLINE Sum result(Vec v) { return vreinterpretq_s32_f32(v); }
+
+  const int32_t* set;
+};
+
+// Floats, one for a set bit and one for a clear one.
+struct Chosen {
+  using Vec = Neon::Vec;
+  using Sum = Vec;
+  static constexpr bool kChosen = true;
+
+  static ONEBIT_INLINE Vec sum(Vec a, Vec b) { return vaddq_f32(a, b); }
+  static ONEBIT_INLINE Vec start(const int32_t*, int) { return vdupq_n_f32(0); }
+  static ONEBIT_INLINE Sum result(Vec v) { return v; }
+
+  const float *clear, *set;
+};
+
+// kVectors * 4 output rows in a tile. Numbers_: what is summed, Integers or Chosen.
+template <int kVectors_, class Numbers_>
 struct LookupNeon : Neon {
+  using Numbers = Numbers_;
+  using Integer = int32_t;
   static constexpr int kVectors = kVectors_;
   static constexpr int kRows = kVectors * kLanes;
   static constexpr int kMaxM = 4;  // 16 accumulators, 4 words, 4 masks of the 32 registers
 
   static constexpr int index_size(int words) { return words * kRows; }
-  static constexpr int table_size(int words) { return words * kWordBits; }
+  static constexpr int kPerColumn = Numbers::kChosen ? 2 : 1;
+  static constexpr int table_size(int words) { return words * kWordBits * kPerColumn; }
 
   // Words of kRows rows, `words` of them per row, to index + group * ld.
   template <int kWords>
@@ -160,21 +221,32 @@ struct LookupNeon : Neon {
     }
   }
 
-  // Activations of one group for row m of a tile of kM rows: [column][kM].
+  // One group for row m of a tile of kM rows: [column][kM], of Chosen [column][2][kM].
   template <int kM, int kWords>
-  static ONEBIT_INLINE void build(const float* x, int m, float* table) {
-    for (int i = 0; i < kWords * kWordBits; ++i) table[i * kM + m] = x[i];
+  static ONEBIT_INLINE void build(const Numbers& x, int m, float* table) {
+    for (int i = 0; i < kWords * kWordBits; ++i, table += kM * kPerColumn) {
+      std::memcpy(table + m, x.set + i, 4);
+      if constexpr (Numbers::kChosen) table[kM + m] = x.clear[i];
+    }
   }
 
-  // emit(m, r, v): v = the sum of the activations of one group where the row's bit is set, for the
-  // rows of vector r.
-  template <int kM, int kWords, class Emit>
-  static ONEBIT_INLINE void tile(const uint32_t* index, const float* table, const Emit& emit) {
+  // Column j of a group in an index: bit_of(index + dword(j, r), bit(j, r)) for the rows of vector
+  // r.
+  static constexpr int dword(int column, int r) { return column / 32 * kRows + r * kLanes; }
+  static constexpr int bit(int column, int) { return column % 32; }
+
+  // emit(r, v): v[m] = the sums of one group of row m of x with the weight bits of the rows of
+  // vector r; of Integers, doubled, the sums less those of the whole group, `group`.
+  template <int kM, int kWords, bool = true, class Emit>
+  static ONEBIT_INLINE void tile(const uint32_t* index,
+                                 const float* table,
+                                 const int32_t* group,
+                                 const Emit& emit) {
     Vec acc[kM][kVectors];
     ONEBIT_UNROLL
     for (int m = 0; m < kM; ++m) {
       ONEBIT_UNROLL
-      for (int r = 0; r < kVectors; ++r) acc[m][r] = zero();
+      for (int r = 0; r < kVectors; ++r) acc[m][r] = Numbers::start(group, m);
     }
     for (int word = 0; word < kWords; ++word, index += kRows) {
       uint32x4_t w[kVectors];
@@ -182,23 +254,28 @@ struct LookupNeon : Neon {
       for (int r = 0; r < kVectors; ++r) w[r] = vld1q_u32(index + r * kLanes);
       uint32x4_t bit = vdupq_n_u32(1);
       ONEBIT_NO_UNROLL
-      for (int i = 0; i < kWordBits; ++i, table += kM) {
+      for (int i = 0; i < kWordBits; ++i, table += kM * kPerColumn) {
         ONEBIT_UNROLL
         for (int r = 0; r < kVectors; ++r) {
           const uint32x4_t on = vtstq_u32(w[r], bit);
           ONEBIT_UNROLL
           for (int m = 0; m < kM; ++m) {
-            const uint32x4_t x = vreinterpretq_u32_f32(vdupq_n_f32(table[m]));
-            acc[m][r] = vaddq_f32(acc[m][r], vreinterpretq_f32_u32(vandq_u32(on, x)));
+            const Vec x = vdupq_n_f32(table[m]);
+            const Vec v = Numbers::kChosen
+                              ? choose(on, x, vdupq_n_f32(table[kM * (kPerColumn - 1) + m]))
+                              : vreinterpretq_f32_u32(vandq_u32(on, vreinterpretq_u32_f32(x)));
+            acc[m][r] = Numbers::sum(acc[m][r], v);
           }
         }
         bit = vshlq_n_u32(bit, 1);
       }
     }
     ONEBIT_UNROLL
-    for (int m = 0; m < kM; ++m) {
+    for (int r = 0; r < kVectors; ++r) {
+      typename Numbers::Sum sums[kM];
       ONEBIT_UNROLL
-      for (int r = 0; r < kVectors; ++r) emit(m, r, acc[m][r]);
+      for (int m = 0; m < kM; ++m) sums[m] = Numbers::result(acc[m][r]);
+      emit(r, sums);
     }
   }
 };

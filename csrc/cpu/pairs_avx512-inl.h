@@ -38,6 +38,13 @@ struct PairsAvx512 : Avx512 {
     }
   }
 
+  // Column j of a group in an index: bit_of(index + dword(j, r), bit(j, r)) for the rows of vector
+  // r.
+  static constexpr int dword(int column, int r) {
+    return (column / 16 * kPairs + r / 2) * Avx512::kLanes;
+  }
+  static constexpr int bit(int column, int r) { return r % 2 * 16 + column % 16; }
+
   // Rows 16 + i where an index of dwords is read. A multiplication: its port is free.
   static ONEBIT_INLINE __m512i upper_rows(__m512i w) {
     return _mm512_madd_epi16(w, _mm512_set1_epi32(0x10000));

@@ -57,35 +57,32 @@ inline void prepack(const Weights& w, char* out, int64_t begin, int64_t end) {
 // From memory 103 GMAC/s per thread with it, 80 without; 4 blocks give 97, 16 give 92.
 constexpr int64_t kPrefetchBlocks = 8;
 
-// y[kM, tiles * kRows] += the contribution of one group.
-template <class L, int kM, int kWords>
-ONEBIT_INLINE void add_prepacked_group(const QmmArgs& a,
-                                       const PrepackedLayout& layout,
-                                       const char* block,
-                                       const float* table,
-                                       const float (&sums)[kM],
-                                       float* y,
-                                       int64_t tiles,
-                                       int64_t ld) {
+// One group of a panel, tile by tile.
+template <class L>
+struct PrepackedGroup {
   static_assert(L::kRows == PrepackedLayout::kTileRows);
-  const DType dtype = a.w.dtype;
-  const bool has_biases = a.w.biases != nullptr;
-  const int64_t ahead = kPrefetchBlocks * layout.block_bytes;
-  for (int64_t t = 0; t < tiles; ++t, block += layout.block_bytes, y += L::kRows) {
-    const char* scales = block + layout.word_bytes;
-    const char* biases = scales + layout.level_bytes;
-    for (int64_t i = 0; i < layout.block_bytes; i += 64) L::prefetch(block + ahead + i);
-    L::template tile_prepacked<kM, kWords>(
-        reinterpret_cast<const uint32_t*>(block), table,
-        [&](int m, int r, typename L::Vec set) __attribute__((always_inline)) {
-          float* out = y + m * ld + r * L::kLanes;
-          const auto scale = L::load_level(scales, dtype, r * L::kLanes);
-          const auto bias = has_biases ? L::load_level(biases, dtype, r * L::kLanes)
-                                       : L::mul(L::set(-0.5f), scale);
-          L::store(out, L::fma(bias, L::set(sums[m]), L::fma(scale, set, L::load(out))));
-        });
+  static constexpr bool kSpareStored = false;
+  const char* block;
+  int64_t word_bytes, level_bytes, block_bytes;
+  DType dtype;
+  bool has_biases;
+
+  ONEBIT_INLINE const uint32_t* index(int64_t tile) const {
+    return reinterpret_cast<const uint32_t*>(block + tile * block_bytes);
   }
-}
+  ONEBIT_INLINE auto scale(int64_t tile, int r) const {
+    return L::load_level(block + tile * block_bytes + word_bytes, dtype, r * L::kLanes);
+  }
+  ONEBIT_INLINE auto bias(int64_t tile, int r) const {
+    const char* biases = block + tile * block_bytes + word_bytes + level_bytes;
+    return has_biases ? L::load_level(biases, dtype, r * L::kLanes)
+                      : L::mul(L::set(-0.5f), scale(tile, r));
+  }
+  ONEBIT_INLINE void prefetch(int64_t tile) const {
+    const char* p = block + (tile + kPrefetchBlocks) * block_bytes;
+    for (int64_t i = 0; i < block_bytes; i += 64) L::prefetch(p + i);
+  }
+};
 
 constexpr int64_t kPrepackedPanel = 4096;  // outputs that share tables and fit L2
 
@@ -94,8 +91,9 @@ void qmm_prepacked_panels(const QmmArgs& a, const char* prepacked, const Block& 
   const PrepackedLayout layout(a.w);
   const int64_t panel = at_most(kPrepackedPanel, block.n_end - block.n_begin);
   const int64_t ld = tiles_for(panel, L::kRows) * L::kRows;
-  Arena arena(L::kMaxM * (L::table_size(kWords) + ld) * 4);
+  Arena arena(L::kMaxM * (2 * L::table_size(kWords) + ld) * 4);
   auto* table = arena.take<float>(L::kMaxM * L::table_size(kWords));
+  auto* second = arena.take<float>(L::kMaxM * L::table_size(kWords));
   auto* acc = arena.take<float>(L::kMaxM * ld);
   for (int64_t n = block.n_begin; n < block.n_end; n += panel) {
     const int64_t n_count = at_most(panel, block.n_end - n), tiles = tiles_for(n_count, L::kRows);
@@ -104,10 +102,15 @@ void qmm_prepacked_panels(const QmmArgs& a, const char* prepacked, const Block& 
       const int64_t m = block.m_begin + i;
       for (int64_t j = 0; j < kM * ld; j += L::kLanes) L::store(acc + j, L::zero());
       for (int64_t g = 0; g < layout.groups; ++g) {
-        float sums[kM];
-        build_tables<L, kM, kWords>(activations(a), m, g * kWords * kWordBits, table, sums);
-        add_prepacked_group<L, kM, kWords>(a, layout, prepacked + layout.offset(g, n / L::kRows),
-                                           table, sums, acc, tiles, ld);
+        const int64_t column = g * kWords * kWordBits;
+        Group<kM> group;
+        build_tables<L, kM, kWords>(activations(a), m, column, table, second, group);
+        add_group<L, kM, kWords>(
+            activations(a), m, column, group, table, second,
+            PrepackedGroup<L>{prepacked + layout.offset(g, n / L::kRows), layout.word_bytes,
+                              layout.level_bytes, layout.block_bytes, a.w.dtype,
+                              a.w.biases != nullptr},
+            acc, tiles, ld);
       }
       store_rows<L>(a, m, kM, n, n_count, acc, ld);
     });

@@ -5,10 +5,12 @@
 //
 // A `Lookup` L works on tiles of L::kRows outputs x up to L::kMaxM rows of x, one group at a time:
 // `pack_rows` turns weight words into index vectors (lane = output row), `build` turns the group's
-// activations into a table, `tile` returns the first sum. An output is always the fma chain over
-// ascending groups, whatever tile or block it falls in.
+// activations, in fixed point, into a table, `tile` returns the first sum, and `Levels` makes the
+// product of it. An output is always the fma chain over ascending groups, whatever tile or block it
+// falls in, and does not depend on the other rows of x.
 #pragma once
 
+#include "fixed_point-inl.h"
 #include "kernels.h"
 #include "scratch.h"
 #include "target.h"
@@ -62,14 +64,6 @@ ONEBIT_INLINE const float* as_floats(
     L::store(buffer + i, L::load_as(x, dtype, offset + i, count - i));
   }
   return buffer;
-}
-
-template <class L, int kCount>
-ONEBIT_INLINE float sum_of(const float* x) {
-  auto sum = L::load(x);
-  ONEBIT_UNROLL
-  for (int i = L::kLanes; i < kCount; i += L::kLanes) sum = L::add(sum, L::load(x + i));
-  return L::sum(sum);
 }
 
 // Scales and biases of rows [row, row + rows), groups [group, group + groups), as floats
@@ -132,50 +126,140 @@ struct Activations {
 
 ONEBIT_INLINE Activations activations(const QmmArgs& a) { return {a.x, a.dtype, a.k, a.x_rows}; }
 
-// Tables and sums of one group for kM rows of x from row m on.
-template <class L, int kM, int kWords>
-ONEBIT_INLINE void build_tables(
-    const Activations& x, int64_t m, int64_t column, float* table, float (&sums)[kM]) {
-  alignas(64) float buffer[32 * kWords];
-  for (int i = 0; i < kM; ++i) {
-    const float* v = as_floats<L>(x.data, x.dtype, x.offset(m + i, column), 32 * kWords, buffer);
-    L::template build<kM, kWords>(v, i, table);
-    sums[i] = sum_of<L, 32 * kWords>(v);
-  }
-}
-
 // acc[m][r]: what `tile` emits.
 template <class L, int kM, int kWords>
 ONEBIT_INLINE void collect(const uint32_t* index,
                            const float* table,
                            typename L::Vec (&acc)[kM][L::kVectors]) {
-  L::template tile<kM, kWords>(index, table,
-                               [&](int m, int r, typename L::Vec v)
-                                   __attribute__((always_inline)) { acc[m][r] = v; });
+  L::template tile<kM, kWords>(index, table, nullptr,
+                               [&](int r, const typename L::Vec(&sums)[kM])
+                                   __attribute__((always_inline)) {
+                                     ONEBIT_UNROLL
+                                     for (int m = 0; m < kM; ++m) acc[m][r] = sums[m];
+                                   });
 }
 
-// y[kM, tiles * kRows] += one group's contribution.
+// What the tables of one group for kM rows of x stand for.
+template <int kM>
+struct Group {
+  int planes;      // tables to look up from; where a row needs fewer, its others are zeros
+  uint32_t plain;  // bit i: row i is in no table, but multiplied value by value
+  float step[2][kM];
+  int32_t sum[2][kM];
+};
+
+// Tables of one group for kM rows of x from row m on; `second` is written only where it is needed.
 template <class L, int kM, int kWords>
-ONEBIT_INLINE void add_group(const uint32_t* index,
+ONEBIT_INLINE void build_tables(const Activations& x,
+                                int64_t m,
+                                int64_t column,
+                                float* table,
+                                float* second,
+                                Group<kM>& group) {
+  constexpr int kCount = 32 * kWords;
+  using Numbers = typename L::Numbers;
+  alignas(64) float buffer[kCount];
+  Planes<typename L::Integer, kCount> planes;
+  group.planes = 1;
+  group.plain = 0;
+  for (int i = 0; i < kM; ++i) {
+    const float* v = as_floats<L>(x.data, x.dtype, x.offset(m + i, column), kCount, buffer);
+    to_planes<L>(v, x.dtype, planes);
+    if (planes.count == 0) {
+      group.plain |= 1u << i;
+      planes.step[0] = 0;
+      planes.sum[0] = 0;
+      std::memset(planes.q[0], 0, sizeof planes.q[0]);
+    }
+    L::template build<kM, kWords>(Numbers(planes.q[0]), i, table);
+    group.step[0][i] = planes.step[0];
+    group.sum[0][i] = planes.sum[0];
+    if (planes.count < 2) continue;
+    if (group.planes < 2) {
+      group.planes = 2;
+      std::memset(second, 0, L::table_size(kWords) * kM * 4);
+      std::memset(group.step[1], 0, sizeof group.step[1]);
+      std::memset(group.sum[1], 0, sizeof group.sum[1]);
+    }
+    L::template build<kM, kWords>(Numbers(planes.q[1]), i, second);
+    group.step[1][i] = planes.step[1];
+    group.sum[1][i] = planes.sum[1];
+  }
+}
+
+// One group of a panel of weights, tile by tile: words as pack_rows, levels as pack_levels left
+// them.
+template <class L, int kWords>
+struct PackedGroup {
+  static constexpr bool kSpareStored = true;
+  const uint32_t* words;
+  const float *scales, *biases;
+
+  ONEBIT_INLINE const uint32_t* index(int64_t tile) const {
+    return words + tile * L::index_size(kWords);
+  }
+  ONEBIT_INLINE auto scale(int64_t tile, int r) const {
+    return L::load(scales + tile * L::kRows + r * L::kLanes);
+  }
+  ONEBIT_INLINE auto bias(int64_t tile, int r) const {
+    return L::load(biases + tile * L::kRows + r * L::kLanes);
+  }
+  ONEBIT_INLINE void prefetch(int64_t) const {}
+};
+
+// y[tiles * kRows] += one group of one row of x, value by value, as IEEE arithmetic has it:
+// infinite, NaN and extreme values.
+template <class L, int kWords, class Panel>
+__attribute__((noinline)) void add_plain(
+    const Activations& x, int64_t m, int64_t column, const Panel& w, float* y, int64_t tiles) {
+  constexpr int kCount = 32 * kWords;
+  alignas(64) float buffer[kCount];
+  const float* v = as_floats<L>(x.data, x.dtype, x.offset(m, column), kCount, buffer);
+  for (int64_t t = 0; t < tiles; ++t, y += L::kRows) {
+    for (int r = 0; r < L::kVectors; ++r) {
+      const auto scale = w.scale(t, r), bias = w.bias(t, r);
+      const auto low = L::fma(scale, L::zero(), bias), high = L::add(scale, bias);
+      auto sum = L::zero();
+      for (int j = 0; j < kCount; ++j) {
+        const auto bit = L::bit_of(w.index(t) + L::dword(j, r), L::bit(j, r));
+        sum = L::fma(L::set(v[j]), L::choose(bit, high, low), sum);
+      }
+      L::store(y + r * L::kLanes, L::add(L::load(y + r * L::kLanes), sum));
+    }
+  }
+}
+
+// y[kM, tiles * kRows] += one group of rows of x from row m on.
+template <class L, int kM, int kWords, class Panel>
+ONEBIT_INLINE void add_group(const Activations& x,
+                             int64_t m,
+                             int64_t column,
+                             const Group<kM>& group,
                              const float* table,
-                             const float* scales,
-                             const float* biases,
-                             const float (&sums)[kM],
+                             const float* second,
+                             const Panel& w,
                              float* y,
                              int64_t tiles,
                              int64_t ld) {
-  for (int64_t t = 0; t < tiles; ++t) {
-    L::template tile<kM, kWords>(
-        index, table, [&](int m, int r, typename L::Vec set) __attribute__((always_inline)) {
-          float* out = y + m * ld + r * L::kLanes;
-          const auto scale = L::load(scales + r * L::kLanes);
-          const auto bias = L::load(biases + r * L::kLanes);
-          L::store(out, L::fma(bias, L::set(sums[m]), L::fma(scale, set, L::load(out))));
-        });
-    index += L::index_size(kWords);
-    scales += L::kRows;
-    biases += L::kRows;
-    y += L::kRows;
+  for (int plane = 0; plane < group.planes; ++plane) {
+    const float* from = plane ? second : table;
+    for (int64_t t = 0; t < tiles; ++t) {
+      w.prefetch(t);
+      L::template tile<kM, kWords, Panel::kSpareStored>(
+          w.index(t), from, group.sum[plane],
+          [&](int r, const typename L::Ints(&set)[kM]) __attribute__((always_inline)) {
+            const Levels<L> levels(w.scale(t, r), w.bias(t, r));
+            float* out = y + t * L::kRows + r * L::kLanes;
+            ONEBIT_UNROLL
+            for (int i = 0; i < kM; ++i, out += ld) {
+              L::store(out, levels.add_to(L::load(out), set[i], group.sum[plane][i],
+                                          group.step[plane][i]));
+            }
+          });
+    }
+  }
+  for (int i = 0; __builtin_expect(group.plain >> i, 0); ++i) {
+    if (group.plain >> i & 1u) add_plain<L, kWords>(x, m + i, column, w, y + i * ld, tiles);
   }
 }
 
@@ -221,17 +305,18 @@ void qmm_t_stream(const QmmArgs& a, const Block& block) {
       512 / kGroup;  // groups whose words are packed at a time: a line of each row
   constexpr int kIndex = L::index_size(kWords), kTable = L::table_size(kWords);
   const int64_t groups = a.k / kGroup, words = a.k / kWordBits;
-  Arena arena(groups * (kTable + 1) * 4 + kStep * kIndex * 4 + kGroups * 2 * L::kRows * 4 +
-              L::kRows * 4);
+  Arena arena(groups * (2 * kTable * 4 + int64_t(sizeof(Group<1>))) + kStep * kIndex * 4 +
+              kGroups * 2 * L::kRows * 4 + L::kRows * 4);
   auto* tables = arena.take<float>(groups * kTable);
-  auto* sums = arena.take<float[1]>(groups);
+  auto* seconds = arena.take<float>(groups * kTable);
+  auto* group = arena.take<Group<1>>(groups);
   auto* index = arena.take<uint32_t>(kStep * kIndex);
   auto* scales = arena.take<float>(kGroups * L::kRows);
   auto* biases = arena.take<float>(kGroups * L::kRows);
   auto* acc = arena.take<float>(L::kRows);
   for (int64_t g = 0; g < groups; ++g) {
     build_tables<L, 1, kWords>(activations(a), block.m_begin, g * kGroup, tables + g * kTable,
-                               sums[g]);
+                               seconds + g * kTable, group[g]);
   }
   const int64_t row_bytes = words * 4, level_bytes = groups * element_size(a.w.dtype);
   const auto row = [](const void* p, int64_t offset) -> const void* {
@@ -257,8 +342,11 @@ void qmm_t_stream(const QmmArgs& a, const Block& block) {
       next_scales.advance<L>(element_size(a.w.dtype) * L::kRows);
       next_biases.advance<L>(element_size(a.w.dtype) * L::kRows);
       const int64_t level = g % kGroups * L::kRows;
-      add_group<L, 1, kWords>(index + g % kStep * kIndex, tables + g * kTable, scales + level,
-                              biases + level, sums[g], acc, 1, L::kRows);
+      add_group<L, 1, kWords>(
+          activations(a), block.m_begin, g * kGroup, group[g], tables + g * kTable,
+          seconds + g * kTable,
+          PackedGroup<L, kWords>{index + g % kStep * kIndex, scales + level, biases + level}, acc,
+          1, L::kRows);
     }
     store_rows<L>(a, block.m_begin, 1, n, rows, acc, L::kRows);
   }
@@ -278,10 +366,14 @@ void add_chunk(const QmmArgs& a,
                int64_t tiles) {
   const int64_t ld = tiles * L::kRows;
   for (int g = 0; g < groups; ++g) {
-    float sums[kM];
-    build_tables<L, kM, kWords>(activations(a), m, k + g * kWords * kWordBits, table, sums);
-    add_group<L, kM, kWords>(index + g * tiles * L::index_size(kWords), table, scales + g * ld,
-                             biases + g * ld, sums, acc, tiles, ld);
+    const int64_t column = k + g * kWords * kWordBits;
+    float* second = table + L::kMaxM * L::table_size(kWords);
+    Group<kM> group;
+    build_tables<L, kM, kWords>(activations(a), m, column, table, second, group);
+    add_group<L, kM, kWords>(activations(a), m, column, group, table, second,
+                             PackedGroup<L, kWords>{index + g * tiles * L::index_size(kWords),
+                                                    scales + g * ld, biases + g * ld},
+                             acc, tiles, ld);
   }
 }
 
@@ -300,11 +392,11 @@ void qmm_t_panels(const QmmArgs& a, const Block& block) {
       at_most(kPanelRows, tiles_for(block.n_end - block.n_begin, L::kRows) * L::kRows);
   const int64_t m_block = at_most(kBlockM, block.m_end - block.m_begin);
   Arena arena(panel / L::kRows * kGroups * kIndex * 4 + 2 * kGroups * panel * 4 +
-              L::kMaxM * L::table_size(kWords) * 4 + m_block * panel * 4);
+              2 * L::kMaxM * L::table_size(kWords) * 4 + m_block * panel * 4);
   auto* index = arena.take<uint32_t>(panel / L::kRows * kGroups * kIndex);
   auto* scales = arena.take<float>(kGroups * panel);
   auto* biases = arena.take<float>(kGroups * panel);
-  auto* table = arena.take<float>(L::kMaxM * L::table_size(kWords));
+  auto* table = arena.take<float>(2 * L::kMaxM * L::table_size(kWords));
   auto* acc = arena.take<float>(m_block * panel);
   for (int64_t m = block.m_begin; m < block.m_end; m += kBlockM) {
     const int64_t m_count = at_most(kBlockM, block.m_end - m);

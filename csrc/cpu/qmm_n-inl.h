@@ -1,10 +1,11 @@
 // transpose=False, y[m, n] = sum_k x[m, k] * (scale[k, g] * bit[k, n] + bias[k, g]), g the group of
 // column n: the product of the backward pass.
 //
-// Within one group of columns the scale belongs to the activation: with z[k] = x[m, k] * scale[k,
-// g] the sum of z where bit[k, n] is set is a lookup as in qmm_t, once the bits of 32 rows k of a
-// column lie in one word. `pack_columns` transposes them so, a unit of 128 rows at a time; tables
-// of z serve one group of columns.
+// Within one group of columns both levels belong to the activation: x[m, k] * (scale[k, g] +
+// bias[k, g]) for a set bit, x[m, k] * bias[k, g] for a clear one. Sums of one or the other are a
+// lookup once the bits of 32 rows k of a column lie in one word. `pack_columns` transposes them so,
+// a unit of 128 rows at a time; tables serve one group of columns. A level of zero blanks its
+// activation, and nothing is subtracted that was added: floats are accurate enough.
 #pragma once
 
 #include "qmm-inl.h"
@@ -32,7 +33,7 @@ void add_unit(const QmmArgs& a,
   constexpr int kTiles = kGroup / L::kRows;
   static_assert(kTiles * L::kRows == kGroup, "a tile must lie in one group");
   const auto x = activations(a);
-  alignas(64) float values[kM][kUnit], products[kUnit];
+  alignas(64) float values[kM][kUnit], clear[kUnit], set[kUnit];
   const int64_t count = at_most(kUnit, a.k - k);
   for (int i = 0; i < kM; ++i) {
     for (int j = 0; j < kUnit; j += L::kLanes) {
@@ -40,17 +41,16 @@ void add_unit(const QmmArgs& a,
     }
   }
   for (int64_t n = 0; n < columns; n += kGroup) {
-    float offsets[kM];
     for (int i = 0; i < kM; ++i) {
-      auto offset = L::zero();
       ONEBIT_UNROLL
       for (int j = 0; j < kUnit; j += L::kLanes) {
-        const auto v = L::load(values[i] + j);
-        L::store(products + j, L::mul(v, L::load(scales + j)));
-        offset = L::fma(v, L::load(biases + j), offset);
+        const auto v = L::load(values[i] + j), scale = L::load(scales + j);
+        const auto bias = L::load(biases + j);
+        // An infinite scale makes a level of neither bit.
+        L::store(clear + j, L::mul(v, L::fma(scale, L::zero(), bias)));
+        L::store(set + j, L::mul(v, L::add(scale, bias)));
       }
-      offsets[i] = L::sum(offset);
-      L::template build<kM, kUnitWords>(products, i, table);
+      L::template build<kM, kUnitWords>({clear, set}, i, table);
     }
     for (int t = 0; t < kTiles; ++t, index += L::index_size(kUnitWords), acc += L::kRows) {
       typename L::Vec sum[kM][L::kVectors];
@@ -60,7 +60,7 @@ void add_unit(const QmmArgs& a,
         ONEBIT_UNROLL
         for (int r = 0; r < L::kVectors; ++r) {
           float* out = acc + i * ld + r * L::kLanes;
-          L::store(out, L::add(L::load(out), L::add(sum[i][r], L::set(offsets[i]))));
+          L::store(out, L::add(L::load(out), sum[i][r]));
         }
       }
     }

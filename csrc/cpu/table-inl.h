@@ -19,9 +19,8 @@ ONEBIT_INLINE bool needs_scalar(const QmmArgs& a) {
   return a.dtype == DType::kDouble || a.w.dtype == DType::kDouble || is_tiny(a);
 }
 
-// Whether int16 tables obey the accuracy rule, at most twice the error of plain torch: for bfloat16
-// always, for float16 in groups of 32 only (1.9 times where x is positive; 3.1 in groups of 64).
-// Below 128 outputs they save nothing, and their error does not average out.
+// Whether x goes into int16 tables: bfloat16 always, float16 in groups of 32 only, for in larger
+// ones the step is coarser than float16. Below 128 outputs they save nothing.
 ONEBIT_INLINE bool has_int16_tables(const QmmArgs& a) {
   const bool precise = a.dtype == DType::kHalf && a.w.group_size == 32;
   return (a.dtype == DType::kBFloat16 || precise) && a.n >= 128;
@@ -37,8 +36,8 @@ ONEBIT_INLINE void with_words(int group_size, const F& f) {
   return f(Int<1>{});
 }
 
-// S::Stream: lookups for one row of x; S::Panel: for many; S::Narrow: a tile of at most 32 columns.
-// S::Stream16 and S::Panel16 serve x of 16 bits.
+// S::Stream: lookups for one row of x; S::Panel: for many; S::Stream16 and S::Panel16 serve x of 16
+// bits. S::Sums: of floats; S::NarrowSums: the same in a tile of at most 32 columns.
 template <class S>
 struct Table {
   // Columns whose tables over all of k fit L2.
@@ -69,9 +68,9 @@ struct Table {
   static void qmm_n(const QmmArgs& a, const Block& block) {
     if (is_empty(block)) return;
     if (needs_scalar(a)) return kScalarKernels.qmm_n(a, block);
-    if (a.w.group_size == 128) return qmm_n_panels<typename S::Panel, 128>(a, block);
-    if (a.w.group_size == 64) return qmm_n_panels<typename S::Panel, 64>(a, block);
-    return qmm_n_panels<typename S::Narrow, 32>(a, block);
+    if (a.w.group_size == 128) return qmm_n_panels<typename S::Sums, 128>(a, block);
+    if (a.w.group_size == 64) return qmm_n_panels<typename S::Sums, 64>(a, block);
+    return qmm_n_panels<typename S::NarrowSums, 32>(a, block);
   }
 
   static void affine_grad(const AffineGradArgs& a,
@@ -81,7 +80,7 @@ struct Table {
                           int64_t end) {
     if (begin == end) return;
     with_words(a.group_size, [&](auto words) {
-      affine_grad_rows<typename S::Panel, decltype(words)::value>(
+      affine_grad_rows<typename S::Sums, decltype(words)::value>(
           {by_row, by_column, a.m, a.packed, static_cast<float*>(a.grad_scales),
            static_cast<float*>(a.grad_biases)},
           begin, end);
