@@ -36,7 +36,8 @@ class Guarded {
     void* memory = mmap(nullptr, length_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) std::abort();
     base_ = static_cast<char*>(memory);
-    if (mprotect(base_ + page, length_ - 2 * page, PROT_READ | PROT_WRITE) != 0) std::abort();
+    // Nothing to open is an error to some kernels.
+    if (size && mprotect(base_ + page, length_ - 2 * page, PROT_READ | PROT_WRITE)) std::abort();
     data_ = base_ + length_ - page - size;
   }
   ~Guarded() { munmap(base_, length_); }
