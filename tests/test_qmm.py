@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import MIX_IDS, MIXES, SHAPE_IDS, SHAPES
-from helpers import assert_qmm, make_weights
+from helpers import assert_qmm, make_weights, torch_qmm
 from torch import Tensor
 
 qmm = torch.ops.onebit.qmm
@@ -115,14 +115,78 @@ def test_qmm_does_not_depend_on_the_number_of_threads(m, transpose, isa):
         assert torch.equal(results[0], other)
 
 
+INF, NAN = float("inf"), float("nan")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_qmm_lets_infinity_and_nan_through(dtype, isa):
-    packed, scales, biases = make_weights(65, 128, dtype=torch.float16)
-    x = torch.zeros(3, 128, dtype=dtype)
-    x[0, 5], x[1, 7] = float("inf"), float("nan")
-    y = qmm(x, packed, scales, biases, 128)
-    assert not torch.isfinite(y[:2]).any()
-    assert torch.equal(y[2], torch.zeros(65, dtype=dtype))
+@pytest.mark.parametrize("transpose", [True, False])
+@pytest.mark.parametrize("n", [2, 256])
+def test_infinity_and_nan_in_x_are_as_in_torch(dtype, transpose, n, isa):
+    # Per row of x: what is at columns 5 and 7. Levels of either sign and, in one group, of 0.
+    rows = [(INF, 0), (-INF, 0), (INF, -INF), (NAN, 0), (1, 2), (INF, 3)]
+    shape = (n, 128) if transpose else (128, n // 32 * 32 or 32)
+    packed, scales, biases = make_weights(*shape, group_size=32)
+    biases[: shape[0] // 2] = 0
+    x = torch.zeros(len(rows), 128, dtype=dtype)
+    x[:, 5], x[:, 7] = torch.tensor(rows).to(dtype).T
+    y = qmm(x, packed, scales, biases, 32, transpose)
+    torch.testing.assert_close(
+        y, torch_qmm(x, packed, scales, biases, 32, transpose), equal_nan=True, rtol=2e-2, atol=2e-2
+    )
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_a_row_does_not_depend_on_what_the_others_hold(m, isa):
+    packed, scales, biases = make_weights(256, 512)
+    x = torch.randn(4, 512, dtype=torch.bfloat16)
+    others = x.clone()
+    others[m, 5], others[m, 200] = INF, 1e20
+    keep = [i for i in range(4) if i != m]
+    assert torch.equal(
+        qmm(x, packed, scales, biases, 128)[keep], qmm(others, packed, scales, biases, 128)[keep]
+    )
+
+
+@pytest.mark.parametrize("value", [2e37, 1e-38, 1e-42])
+@pytest.mark.parametrize("transpose", [True, False])
+@pytest.mark.parametrize("m", [1, 5])
+def test_extreme_values_neither_overflow_nor_vanish(value, transpose, m, isa):
+    # Sums of x overflow, products do not; and the step of tables would be below the smallest float.
+    packed, scales, biases = make_weights(128, 128)
+    x = value * (1 + torch.rand(m, 128))
+    scale = 1e-3 if value > 1 else 1e3
+    args = (x, packed, scale * scales, scale * biases, 128, transpose)
+    expected = torch_qmm(args[0].double(), packed, args[2].double(), args[3].double(), *args[4:])
+    assert expected.isfinite().all() and expected.abs().max() < 3e38
+    assert (qmm(*args).double() - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("levels", [(INF, 0.5), (0.5, INF), (INF, None), (NAN, 0.5), (1.0, NAN)])
+@pytest.mark.parametrize("m", [1, 4, 9])
+def test_levels_that_are_not_finite_spoil_what_they_meet(levels, m, isa):
+    packed, scales, biases = make_weights(160, 256)
+    scales[7, 1] = levels[0]
+    if levels[1] is None:
+        biases = None
+    else:
+        biases[7, 1] = levels[1]
+    y = qmm(torch.randn(m, 256), packed, scales, biases, 128)
+    assert not y[:, 7].isfinite().any()
+    assert y[:, :7].isfinite().all() and y[:, 8:].isfinite().all()
+
+
+@pytest.mark.parametrize("transpose", [True, False])
+def test_flush_to_zero_mode_changes_nothing(transpose, isa):
+    packed, scales, biases = make_weights(512, 512)
+    x = 1e-39 * torch.randn(64, 512)
+    before = qmm(x, packed, scales, biases, 128, transpose)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    try:
+        after = qmm(x, packed, scales, biases, 128, transpose)
+    finally:
+        torch.set_flush_denormal(False)
+    assert before.any() and torch.equal(before.view(torch.int32), after.view(torch.int32))
 
 
 def test_qmm_sums_in_float32_whatever_x_is(isa):

@@ -1,0 +1,61 @@
+"""The accuracy rule where errors do not average out. ``make fuzz-accuracy`` searches for more."""
+
+import pytest
+import torch
+from structured import Case, errors, is_prepackable
+
+HALF, BRAIN = torch.float16, torch.bfloat16
+
+# Every row failed once, or is the hardest of its kind that a search found.
+CASES = [
+    (Case("ones", "any", "random", BRAIN, m=8), "a common rounding of x must cancel"),
+    (Case("ones", "any", "random", HALF, group=32, m=8), "the same in float16"),
+    (Case("0 or 1", "any", "random", HALF, group=32), "two values"),
+    (Case("0 or 1", "symmetric", "random", BRAIN), "two values, both levels of a size"),
+    (Case("near 1", "symmetric", "random", BRAIN, BRAIN), "a mean that cancels"),
+    (Case("0.3", "symmetric", "random", m=128, groups=32), "sums of float32 that cancel"),
+    (Case("0.3", "s = 2d, b = -d", "random", m=1, groups=1), "one group, one row"),
+    (Case("relu", "any", "random", groups=32), "half of x is 0"),
+    (Case("positive", "high is 0", "one clear"), "all but one value meet a level of 0"),
+    (Case("positive", "low is 0", "one set"), "the same, the other level"),
+    (Case("positive", "high is 0", "all set"), "every value meets a level of 0"),
+    (Case("alternating", "one sign", "all clear"), "x cancels to 0"),
+    (Case("outliers of 10000.0", "low is 0", "random, clear at outliers"), "outliers meet 0"),
+    (Case("outliers of 10000.0", "high is 0", "random, set at outliers", BRAIN), "in bfloat16"),
+    (
+        Case("outliers of 10000.0", "high is 0", "random, set at outliers", HALF, group=32),
+        "float16",
+    ),
+    (Case("outliers of 256.0", "low is 0", "random, clear at outliers", BRAIN, m=1), "nearly fits"),
+    (
+        Case("outliers of 128.0", "high is 0", "random, set at outliers", m=1),
+        "nearly fits, float32",
+    ),
+    (
+        Case("outliers among ones", "high is 0", "random, set at outliers", BRAIN),
+        "outliers in ones",
+    ),
+    (Case("over many magnitudes", "low is 0", "one set", BRAIN), "too wide for one step"),
+    (Case("sharp softmax", "low is 0", "one set elsewhere", BRAIN, group=64), "a few large values"),
+    (Case("sorted", "high is near 0", "one clear", HALF, HALF, group=32, m=8), "like values"),
+    (Case("trained", "symmetric", "random", BRAIN), "activations of a trained network"),
+    (Case("ones", "any", "random", n=256, transpose=False), "sums over rows of weights"),
+    (
+        Case("outliers of 10000.0", "high is 0", "all set", n=256, transpose=False),
+        "outliers meet 0",
+    ),
+]
+
+
+@pytest.mark.parametrize("case, why", CASES, ids=[why for _, why in CASES])
+def test_rule_holds_for_structured_products(case, why, isa):
+    error, plain, allowed = errors(case)
+    assert error <= allowed, f"torch {plain}"
+
+
+@pytest.mark.skipif(not torch.ops.onebit.can_prepack(), reason="no prepacked form on this machine")
+@pytest.mark.parametrize("case, why", CASES, ids=[why for _, why in CASES])
+def test_rule_holds_for_prepacked_weights(case, why):
+    if is_prepackable(case):
+        error, plain, allowed = errors(case, prepacked=True)
+        assert error <= allowed, f"torch {plain}"
