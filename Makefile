@@ -9,7 +9,7 @@ CLANGXX ?= clang++-19
 SECONDS ?= 120
 SOURCES := $(shell find csrc metal -type f) setup.py pyproject.toml
 
-.PHONY: demo test check-mps check-cuda test-kernels asan ubsan tsan asan-extension test-arm fuzz soak compilers \
+.PHONY: demo test check-mps check-cuda test-kernels asan ubsan tsan asan-extension test-avx512 test-arm fuzz fuzz-accuracy soak compilers \
   dist test-dist bench figures docs build check format clean
 
 # Without a network the demo says so and trains a small model instead.
@@ -70,6 +70,22 @@ asan-extension: $(VENV)/.installed
 	  $(BIN)/python setup.py --quiet build --build-temp build/asan --build-lib build/asan/lib
 	cd tests && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=$(CURDIR)/build/asan/lib $(PYTHON_HERE) -m fuzz all --seconds $(SECONDS)
+
+# The AVX-512 tables on machines without: their intrinsics lane by lane, tests/cpp/avx512_emulated.h.
+EMULATED := csrc/cpu/kernels_avx512.cpp csrc/cpu/levels_avx512.cpp
+test-avx512: $(KERNELS)
+	mkdir -p build
+	for f in $(notdir $(EMULATED)); do $(CXX) $(KERNEL_FLAGS) -O0 -Wno-psabi \
+	  -include tests/cpp/avx512_emulated.h -c csrc/cpu/$$f -o build/$$f.emulated.o || exit 1; done
+	$(CXX) $(KERNEL_FLAGS) -O1 $(filter-out $(EMULATED),$(KERNELS)) \
+	  $(EMULATED:csrc/cpu/%=build/%.emulated.o) -o build/test_kernels_emulated
+	build/test_kernels_emulated
+
+# Structured activations and weights at random against the accuracy rule: COUNT products from SEED on.
+COUNT ?= 20000
+SEED  ?= 0
+fuzz-accuracy: build
+	$(BIN)/python tests/fuzz_accuracy.py --count $(COUNT) --seed $(SEED)
 
 test-arm: $(KERNELS)
 	mkdir -p build
