@@ -199,11 +199,11 @@ def prepack(pair: Pair) -> str:
 def cast(pair: Pair) -> str:
     dtype = pair.choose.choice(FLOATS)
     pair.model.to(dtype)
-    copies: dict[int, Tensor] = {}
     for own in pair.twin.values():
         for key, t in own.items():
             if key != "weight":
-                own[key] = copies.setdefault(id(t), t.to(dtype))
+                own[key] = t.to(dtype)
+    share_as_shown(pair)
     return f"to {dtype}"
 
 
