@@ -30,7 +30,7 @@ def main() -> None:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16).eval()
     # GGUF's Q1_0 holds groups of 128 weights of plus and minus one float16 number.
     torch_onebit.quantize_(model, group_size=128, symmetric=True)
-    print(model.quantize_report)
+    print(torch_onebit.report(model))
 
     torch_onebit.save_checkpoint(model, folder / "mlx")  # for mlx-lm
     torch_onebit.export_gguf(model, folder / "model.gguf")  # for llama.cpp
