@@ -173,7 +173,7 @@ def golden_logits() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_golden_checkpoint_gives_the_logits_of_mlx_lm():
     pytest.importorskip("transformers")
-    model = load_checkpoint(GOLDEN).float()
+    model = load_checkpoint(GOLDEN, dtype=torch.float32)
     assert isinstance(model.lm_head, OneBitLinear)
     assert isinstance(model.model.embed_tokens, OneBitEmbedding)
     ids, logits = golden_logits()
@@ -376,6 +376,7 @@ BAD_CALLS = [
         "model must have 1-bit layers, got none",
     ),
     (lambda p: save_checkpoint(make().to("meta"), p), CheckpointError, "got them on meta"),
+    (lambda p: save_checkpoint(make(group_size=128), p), CheckpointError, "must have whole groups"),
     (
         lambda p: save_checkpoint(make(), p, max_shard_bytes=0),
         ValueError,

@@ -68,7 +68,7 @@ def test_an_mlx_folder_loads_as_it_is():
     assert {m.scales.dtype for m in layers} == {torch.float16}  # the file's
     assert not any(p.requires_grad for m in layers for p in m.parameters())
     expected = np.load(GOLDEN / "expected.npz")
-    logits = nn.Module.float(model)(torch.from_numpy(expected["ids"]).long()).logits
+    logits = model(torch.from_numpy(expected["ids"]).long()).logits
     torch.testing.assert_close(logits, torch.from_numpy(expected["logits"]), rtol=0, atol=1e-5)
 
 

@@ -260,7 +260,13 @@ def _swapped(module: nn.Module, tensors: tuple[Any, ...], group_size: int) -> On
     if isinstance(module, (nn.Linear, OneBitLinear)):
         new = OneBitLinear.from_packed(*tensors, module.bias, group_size=group_size)
     else:
-        new = OneBitEmbedding.from_packed(*tensors, module.padding_idx, group_size=group_size)
+        float_rows = isinstance(module, nn.Embedding)
+        new = OneBitEmbedding.from_packed(
+            *tensors,
+            module.padding_idx,
+            group_size=group_size,
+            output_dtype=module.weight.dtype if float_rows else module.output_dtype,
+        )
     return new.train(module.training)
 
 

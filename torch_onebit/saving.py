@@ -77,6 +77,11 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, Packed]]:
             continue
         if module.weight.is_meta:
             raise CheckpointError(f"{path} must have its weights in memory, got them on meta")
+        if module._lacking:
+            raise CheckpointError(
+                f"{path} must have whole groups of {module.group_size} columns to be stored, "
+                f"got {module._lacking} too few"
+            )
         seen.add(id(module.scales))
         biases = None if module.biases is None else module.biases.detach()
         yield path, Packed(module.weight, module.scales.detach(), biases, module.group_size)

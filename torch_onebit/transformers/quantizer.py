@@ -278,7 +278,8 @@ def _empty(path: str, layer: nn.Module, options: dict[str, Any]) -> OneBitModule
     new: OneBitModule
     if isinstance(layer, nn.Embedding):
         sizes = (layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
-        new = OneBitEmbedding(*sizes, device="meta", **options)
+        dtype = layer.weight.dtype  # the model's: levels may have another
+        new = OneBitEmbedding(*sizes, device="meta", output_dtype=dtype, **options)
     elif isinstance(layer, nn.Linear):
         sizes = (layer.in_features, layer.out_features, False)
         new = OneBitLinear(*sizes, device="meta", **options)
