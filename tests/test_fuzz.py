@@ -27,9 +27,9 @@ def test_a_case_that_ends_the_process_is_reported_with_its_number(tmp_path):
         "from fuzz import runner\n"
         "if len(sys.argv) > 1 and sys.argv[1] == 'child':\n"
         "    case = lambda n: os.abort() if n == 7 else 1\n"
-        "    sys.exit(runner.child('calls', case, int(sys.argv[2]), 10, None, sys.argv[3]))\n"
+        "    sys.exit(runner.child('calls', case, int(sys.argv[2]), int(sys.argv[3]), None, sys.argv[4]))\n"
         "run = lambda kind, first, count, seconds, path: [\n"
-        "    sys.executable, __file__, 'child', str(first), path]\n"
+        "    sys.executable, __file__, 'child', str(first), str(count), path]\n"
         "runner.child_command = run\n"
         "sys.exit(runner.run('calls', 3, 10, None))\n"
     )
