@@ -80,7 +80,7 @@ def outside(choose: random.Random, t: Tensor) -> Tensor:
     """An index that no table here has."""
     t = t.clone()
     bad = choose.choice([-1, 2**31 - 1, -(2**31)])
-    t.view(-1)[choose.randrange(t.numel())] = bad
+    t[tuple(choose.randrange(size) for size in t.shape)] = bad
     return t
 
 
