@@ -38,9 +38,10 @@ check-cuda:
 KERNELS := $(wildcard csrc/cpu/kernels*.cpp csrc/cpu/levels_*.cpp) csrc/cpu/level_kernels.cpp \
   csrc/cpu/scratch.cpp $(wildcard tests/cpp/*.cpp)
 KERNEL_FLAGS := -std=c++17 -Wall -Wextra -pthread
-# AVX-512 is emulated where the machine has none: its tables are sanitised everywhere.
+# AVX-512 is emulated where the machine has none: its tables are sanitised everywhere. Without
+# optimisation, which would take minutes for the emulation.
 EMULATE := $(if $(filter x86_64,$(shell uname -m)),$(if $(shell grep -m 1 -o avx512bw /proc/cpuinfo),,\
-  -Wno-psabi -include $(CURDIR)/tests/cpp/avx512_emulated.h))
+  -O0 -Wno-psabi -Wno-unused-parameter -include $(CURDIR)/tests/cpp/avx512_emulated.h))
 ASAN := -O1 -g -fsanitize=address -fno-omit-frame-pointer
 UBSAN := -O1 -g -fsanitize=undefined,float-cast-overflow -fno-sanitize-recover=all
 TSAN := -O1 -g -fsanitize=thread

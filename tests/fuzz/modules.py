@@ -245,7 +245,7 @@ def saved(pair: Pair) -> str:
     if choose.random() < 0.3:
         state = {k: v.view(torch.uint32) if v.dtype == torch.int32 else v for k, v in state.items()}
     pair.model.load_state_dict(state, assign=assign)
-    if assign:
+    if assign or fresh:
         share_as_shown(pair)
     return f"load_state_dict(assign={assign}), fresh={fresh}"
 
