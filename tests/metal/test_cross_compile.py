@@ -50,7 +50,7 @@ MUTANTS = {
     "missing bridge": (
         "(__bridge const void*)device",
         "(const void*)device",
-        "requires a bridged cast|ARC unbridged cast",
+        "requires a bridged cast|no matching member function for call to 'try_emplace'",
     ),
     "missing availability guard": (
         "if (@available(macOS 15.0, *)) {",
@@ -58,9 +58,9 @@ MUTANTS = {
         "only available on macOS 15.0",
     ),
     "moved namespace": (
-        "at::mps::getCurrentMPSStream()",
-        "at::native::mps::getCurrentMPSStream()",
-        "no member named 'native'|undeclared identifier|no member named",
+        "at::mps::MPSDevice::getInstance()",
+        "at::native::mps::MPSDevice::getInstance()",
+        "no member named|undeclared identifier|use of undeclared",
     ),
     "wrong return type": (
         "id<MTLLibrary> library =\n      [device newLibraryWithSource:",
