@@ -5,6 +5,9 @@ import pytest
 import reference
 import torch
 from helpers import assert_as_accurate_as_torch, assert_qmm, make_weights, to_numpy, torch_qmm
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torch_onebit import OneBitLinear
 
 ops = torch.ops.onebit
 # run by test_mps_levels.py
@@ -241,6 +244,18 @@ def test_autocast_on_mps():
     with torch.autocast("mps", dtype=torch.float16):
         y = ops.qmm(x, packed, scales, biases, 128)
     assert y.dtype == torch.float16
+
+
+def test_random_bits_of_a_new_layer_are_drawn_on_the_cpu():
+    class NoDraws(TorchDispatchMode):  # of 32 bits, which MPS does not draw
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            draws = func._schema.name == "aten::random_"
+            assert not draws or args[0].device.type == "cpu"
+            return func(*args, **(kwargs or {}))
+
+    with NoDraws():
+        layer = OneBitLinear(64, 32, device="mps")
+    assert len(layer.weight.unique()) > 60
 
 
 def test_flushed_subnormals_change_no_bit_of_quantize():

@@ -77,7 +77,9 @@ class OneBitModule(NotScriptable, nn.Module):
     def _reset_weight(self, std: float) -> None:
         """Random bits with levels ``±std``."""
         with torch.no_grad():
-            self.weight.random_(-(2**31), 2**31)
+            # MPS does not draw this range of int32.
+            drawn = self.weight.cpu() if self.weight.is_mps else self.weight
+            self.weight.copy_(drawn.random_(-(2**31), 2**31))
             self.scales.fill_(2 * std)
             if self.biases is not None:
                 self.biases.fill_(-std)
