@@ -26,6 +26,12 @@ constexpr bool is_group_size(long long group_size) {
 }
 #endif
 
+// Of values, scales and biases; GPU kernels have no float64.
+enum class DType : unsigned char { kFloat, kHalf, kBFloat16, kDouble };
+
+// How two levels are chosen for real-valued weights: csrc/cpu/levels.h has the formulae.
+enum class Rule : unsigned char { kMinMax, kSign, kMean, kOptimal };
+
 // Smallest scale quantize writes: constant groups keep bits 0 and decode to their bias.
 ONEBIT_CONSTANT float kMinScale = 1e-7f;
 

@@ -19,13 +19,16 @@ constant uint kOtherType [[function_constant(4)]];
 constant uint kRule [[function_constant(5)]];
 constant bool kHasImportance [[function_constant(6)]];
 
+// kLevelType and kOtherType are numbers of a DType, kRule is that of a Rule.
+inline bool rule_is(Rule rule) { return kRule == uint(rule); }
+
 // Writes the signature of a kernel once.
 #define ONEBIT_INSTANTIATE(name, ...) \
   template [[host_name(name)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
 
 inline float read_as(uint type, const device void* values, uint i) {
-  if (type == kLevelHalf) return float(((const device half*)values)[i]);
-  if (type == kLevelBFloat) return float(((const device bfloat*)values)[i]);
+  if (type == uint(DType::kHalf)) return float(((const device half*)values)[i]);
+  if (type == uint(DType::kBFloat16)) return float(((const device bfloat*)values)[i]);
   return ((const device float*)values)[i];
 }
 inline float read_level(const device void* values, uint i) {
@@ -33,9 +36,9 @@ inline float read_level(const device void* values, uint i) {
 }
 
 inline void write_as(uint type, device void* values, uint i, float value) {
-  if (type == kLevelHalf) {
+  if (type == uint(DType::kHalf)) {
     ((device half*)values)[i] = half(value);
-  } else if (type == kLevelBFloat) {
+  } else if (type == uint(DType::kBFloat16)) {
     ((device bfloat*)values)[i] = bfloat(value);
   } else {
     ((device float*)values)[i] = value;

@@ -41,21 +41,21 @@ inline float mean_magnitude(float4 value, float origin, float4 weight, float mas
 // weight: importance, or ones.
 inline TwoLevels levels_of(float4 value, float4 weight, uint lane) {
   TwoLevels levels = {0, 0, 0, 0};
-  if (kRule == kRuleMinMax) {
+  if (rule_is(Rule::kMinMax)) {
     const Extremes at = extremes_of(value);
     levels.low = levels.origin = value_at(value, at.least);
     levels.high = value_at(value, at.greatest);
     levels.threshold = (levels.high - levels.low) * 0.5f;
-  } else if (kRule == kRuleOptimal) {
+  } else if (rule_is(Rule::kOptimal)) {
     const Cut cut = best_cut(value, weight, lane);
     levels.threshold = cut.threshold;
     levels.low = cut.low;
     levels.high = cut.high;
   } else {
     const float mass = kHasImportance ? group_sum(weight, lane) : float(kGroupWords * kLanes);
-    if (kRule == kRuleMean) levels.origin = group_sum(value, lane) / mass;
+    if (rule_is(Rule::kMean)) levels.origin = group_sum(value, lane) / mass;
     const float deviation = mean_magnitude(value, levels.origin, weight, mass, lane);
-    levels.low = kRule == kRuleMean ? levels.origin - deviation : -deviation;
+    levels.low = rule_is(Rule::kMean) ? levels.origin - deviation : -deviation;
     levels.high = levels.origin + deviation;
   }
   return levels;
@@ -69,7 +69,7 @@ inline float4 through_levels(float4 value, TwoLevels levels, float4 grad, uint l
   const float total = group_sum(grad, lane);
   const float high = group_sum(of_high, lane), low = total - high;
 
-  if (kRule == kRuleMinMax) {
+  if (rule_is(Rule::kMinMax)) {
     const Extremes at = extremes_of(value);
     for (uint i = 0; i < kGroupWords; i++) {
       if (i * kLanes + lane == at.least) grad[i] += low;
@@ -77,7 +77,7 @@ inline float4 through_levels(float4 value, TwoLevels levels, float4 grad, uint l
     }
     return grad;
   }
-  if (kRule == kRuleOptimal) {
+  if (rule_is(Rule::kOptimal)) {
     float above = 0;
     for (uint i = 0; i < kGroupWords; i++) {
       above += float(popcount(uint(ulong(simd_ballot(bit_of(levels, value[i]))))));
@@ -97,7 +97,7 @@ inline float4 through_levels(float4 value, TwoLevels levels, float4 grad, uint l
   }
   const float slope = (high - low) / count;
   float shift = 0;
-  if (kRule == kRuleMean) shift = fma(-slope, group_sum(side, lane) / count, total / count);
+  if (rule_is(Rule::kMean)) shift = fma(-slope, group_sum(side, lane) / count, total / count);
   for (uint i = 0; i < kGroupWords; i++) grad[i] += shift + slope * side[i];
   return grad;
 }

@@ -19,18 +19,6 @@ ONEBIT_CONSTANT uint32_t kOtherTypeConstant = 4;
 ONEBIT_CONSTANT uint32_t kRuleConstant = 5;
 ONEBIT_CONSTANT uint32_t kHasImportanceConstant = 6;
 
-// dtype of scales and biases, which is independent of that of x or w; and of what fake_quantize
-// returns and its gradient.
-ONEBIT_CONSTANT uint32_t kLevelFloat = 0;
-ONEBIT_CONSTANT uint32_t kLevelHalf = 1;
-ONEBIT_CONSTANT uint32_t kLevelBFloat = 2;
-
-// How two levels are chosen for real weights: levels.h has the formulae.
-ONEBIT_CONSTANT uint32_t kRuleMinMax = 0;
-ONEBIT_CONSTANT uint32_t kRuleSign = 1;
-ONEBIT_CONSTANT uint32_t kRuleMean = 2;
-ONEBIT_CONSTANT uint32_t kRuleOptimal = 3;
-
 // Arguments. group_shift is log2 of the words in a group; every size counts elements.
 
 // quantize, quantize_levels, fake_quantize, ...: a simdgroup owns a group of w.

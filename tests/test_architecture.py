@@ -141,3 +141,11 @@ def test_the_table_of_what_a_change_touches_names_what_there_is():
     assert len(names) == 2  # one per language
     for name in names:
         assert (ROOT / name).exists(), name
+
+
+def test_what_host_and_kernels_share_is_declared_once():
+    names = re.findall(r"^enum class (\w+)", (ROOT / "csrc/format.h").read_text(), re.M)
+    assert names == ["DType", "Rule"]
+    for path in [*files_of("csrc/**/*"), *files_of("metal/*")]:
+        again = re.findall(r"\benum\s+(?:class\s+)?(\w+)", path.read_text())
+        assert path.name == "format.h" or not set(names) & set(again), path

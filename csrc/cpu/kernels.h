@@ -8,7 +8,6 @@
 
 namespace onebit::cpu {
 
-enum class DType : uint8_t { kFloat, kHalf, kBFloat16, kDouble };
 constexpr int64_t element_size(DType dtype) {
   return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
 }

@@ -20,13 +20,6 @@ void for_groups(int64_t groups, int64_t group_size, const F& f) {
   in_parallel(0, groups, kValuesPerTask / group_size, f);
 }
 
-Rule rule_of(c10::string_view name) {
-  if (name == "minmax") return Rule::kMinMax;
-  if (name == "sign") return Rule::kSign;
-  if (name == "mean") return Rule::kMean;
-  return Rule::kOptimal;  // check_rule admits no other
-}
-
 LevelsArgs levels_args(const Tensor& contiguous_w, c10::string_view rule, int64_t group_size) {
   return {contiguous_w.const_data_ptr(),
           dtype_of(contiguous_w),

@@ -17,8 +17,6 @@
 
 namespace onebit::cpu {
 
-enum class Rule : uint8_t { kMinMax, kSign, kMean, kOptimal };
-
 // Tensors are contiguous, seen as [groups, group_size]; importance is null or [period, group_size]
 // and repeats every `period` groups.
 struct LevelsArgs {

@@ -1,6 +1,5 @@
 // qmm, gather_qmm and their gradient on the CPU: which matrix of x meets which matrix of weights,
 // and how the work is split among threads.
-#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -10,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../ops/product/rules.h"
+#include "../ops/product/batch_indices.h"
 #include "indices.h"
 #include "parallel.h"
 #include "tasks.h"
@@ -24,27 +23,15 @@ struct Batches {
   std::vector<int64_t> x_index, w_index;
 };
 
-// 0, 1, 2, ... in the shape of t's leading dimensions, or the given indices, checked; then
-// broadcast.
-std::vector<int64_t> batch_index(const char* name,
-                                 const OptionalTensor& indices,
-                                 at::IntArrayRef matrices,
-                                 at::IntArrayRef batch) {
-  const int64_t count = c10::multiply_integers(matrices);
-  const auto index = indices ? *indices : at::arange(count, at::kLong).reshape(matrices);
-  return read_indices(name, index.expand(batch), count);
-}
-
 Batches batches_of(const QmmShape<int64_t>& shape,
                    const Tensor& x,
                    const Tensor& packed,
                    const OptionalTensor& lhs_indices,
                    const OptionalTensor& rhs_indices) {
-  if (packed.dim() == 2 && !lhs_indices && !rhs_indices && shape.batch.empty()) return {{0}, {0}};
-  const auto x_matrices = x.sizes().slice(0, std::max<int64_t>(x.dim() - 2, 0));
-  const auto w_matrices = packed.sizes().slice(0, packed.dim() - 2);
-  return {batch_index("lhs_indices", lhs_indices, x_matrices, shape.batch),
-          batch_index("rhs_indices", rhs_indices, w_matrices, shape.batch)};
+  const BatchIndices index(shape, x, packed, lhs_indices, rhs_indices);
+  if (!index.indexed()) return {{0}, {0}};
+  return {read_indices("lhs_indices", index.x, index.x_matrices),
+          read_indices("rhs_indices", index.w, index.w_matrices)};
 }
 
 // Rows [m_begin, m_end) of a product with one matrix of weights, which has rows [first, last): the

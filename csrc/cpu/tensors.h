@@ -8,19 +8,6 @@
 
 namespace onebit::cpu {
 
-inline DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kHalf:
-      return DType::kHalf;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kDouble:
-      return DType::kDouble;
-    default:
-      return DType::kFloat;  // rules.h admits no other
-  }
-}
-
 // int32 and uint32 hold the same words.
 inline const uint32_t* words_of(const Tensor& packed) {
   return static_cast<const uint32_t*>(packed.const_data_ptr());

@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> affine_grad_cuda(const Tensor& grad,
                                uint32_t(transpose ? shape.n : shape.k),
                                uint32_t(transpose ? shape.k : shape.n),
                                transpose ? 0u : 1u};
-  launch(plan_affine_grad(args, index.w_matrices, value_type(x), group_words(group_size)), args);
+  launch(plan_affine_grad(args, index.w_matrices, dtype_of(x), group_words(group_size)), args);
   return {grad_scales, grad_biases};
 }
 

@@ -75,16 +75,14 @@ constexpr KernelInfo kKernels[] = {
 };
 constexpr const KernelInfo& info_of(Kernel kernel) { return kKernels[static_cast<int>(kernel)]; }
 
-enum class ValueType : uint8_t { kFloat, kHalf, kBFloat };
-
-constexpr const char* type_name(ValueType type) {
+constexpr const char* type_name(DType type) {
   constexpr const char* names[] = {"Float", "Half", "BFloat"};
   return names[static_cast<int>(type)];
 }
 
 // What a source is compiled for; common.cuh says what the macros mean, and each kernel its own.
 struct Variant {
-  ValueType x = ValueType::kFloat, levels = ValueType::kFloat, out = ValueType::kFloat;
+  DType x = DType::kFloat, levels = DType::kFloat, out = DType::kFloat;
   uint8_t group_words = 4;
   bool has_biases = true;
   // of products
@@ -95,7 +93,7 @@ struct Variant {
   uint8_t consumers = 0, stages = 0, steps = 0;
   bool partial = false;
   // of levels
-  uint8_t rule = 0;
+  Rule rule = Rule::kMinMax;
   bool has_importance = false;
 
   constexpr uint64_t key() const {
@@ -112,7 +110,7 @@ struct Variant {
     key = key << 4 | stages;
     key = key << 3 | steps;
     key = key << 1 | partial;
-    key = key << 2 | rule;
+    key = key << 2 | uint64_t(rule);
     return key << 1 | has_importance;
   }
 };
@@ -123,7 +121,7 @@ constexpr void for_each_define(const Variant& v, const Emit& emit) {
   emit("ONEBIT_X", type_name(v.x));
   emit("ONEBIT_LEVELS", type_name(v.levels));
   emit("ONEBIT_OUT", type_name(v.out));
-  emit("ONEBIT_X_IS_HALF", int(v.x == ValueType::kHalf));
+  emit("ONEBIT_X_IS_HALF", int(v.x == DType::kHalf));
   emit("ONEBIT_GROUP_WORDS", int(v.group_words));
   emit("ONEBIT_HAS_BIASES", int(v.has_biases));
   emit("ONEBIT_M", int(v.m));
@@ -167,9 +165,9 @@ constexpr int kOldestArchitecture = 80;
 // quantize, dequantize, embedding, float32 x in parts, partial sums
 // ---------------------------------------------------------------------------------------
 
-constexpr uint32_t type_size(ValueType type) { return type == ValueType::kFloat ? 4 : 2; }
+constexpr uint32_t type_size(DType type) { return type == DType::kFloat ? 4 : 2; }
 
-constexpr Launch plan_quantize(int64_t groups, ValueType type, int group_words) {
+constexpr Launch plan_quantize(int64_t groups, DType type, int group_words) {
   const uint64_t vectors = groups * group_words * kWordBits * type_size(type) / 16;
   Launch launch = {Kernel::kQuantize, {type, type, type}, {}, kBlockThreads};
   launch.variant.group_words = group_words;
@@ -179,14 +177,14 @@ constexpr Launch plan_quantize(int64_t groups, ValueType type, int group_words) 
 
 // `rows` of the result: of embedding, the number of indices; of dequantize, one.
 constexpr Launch plan_decode(
-    const DecodeArgs& args, int64_t rows, ValueType levels, ValueType out, int group_words) {
+    const DecodeArgs& args, int64_t rows, DType levels, DType out, int group_words) {
   Launch launch = {Kernel::kDecode, {levels, levels, out}, {}, kBlockThreads};
   launch.variant.group_words = group_words;
   launch.variant.has_biases = args.biases != nullptr;
   launch.grid.x = args.blocks_per_row * rows;
   return launch;
 }
-constexpr uint32_t decode_blocks(int64_t words, ValueType out) {
+constexpr uint32_t decode_blocks(int64_t words, DType out) {
   return ceil_div(words * kWordBits * type_size(out) / 16, kBlockThreads * kDecodeChunks);
 }
 
@@ -198,7 +196,7 @@ constexpr Launch plan_split(const SplitArgs& args, int group_words) {
   return launch;
 }
 
-constexpr Launch plan_sum(int64_t count, ValueType out) {
+constexpr Launch plan_sum(int64_t count, DType out) {
   Launch launch = {Kernel::kSumPartials, {out, out, out}, {}, kBlockThreads};
   launch.grid.x = ceil_div(count, kBlockThreads);
   launch.early = true;
@@ -214,7 +212,7 @@ struct Product {
   bool transpose;
   uint32_t batches;
   bool indexed;  // x_index and w_index say which matrices meet; else there is one of each
-  ValueType x, levels;
+  DType x, levels;
   bool has_biases;
 };
 
@@ -235,9 +233,9 @@ struct ProductPlan {
 
 // popc of 128 bits in one instruction; later architectures emulate it. float32 x adds up in
 // float64, which only the data-center devices do at half rate.
-constexpr bool has_b1(const Gpu& gpu, ValueType x) {
+constexpr bool has_b1(const Gpu& gpu, DType x) {
   const int a = gpu.architecture;
-  return x == ValueType::kFloat ? a == 80 || a == 90 : a >= 80 && a < 100;
+  return x == DType::kFloat ? a == 80 || a == 90 : a >= 80 && a < 100;
 }
 
 constexpr uint32_t kB1MaxM = 4;
@@ -273,7 +271,7 @@ constexpr ProductPlan plan_b1(const Product& p, Variant v) {
 }
 
 constexpr ProductPlan plan_hmma(const Product& p, const Gpu& gpu, Variant v) {
-  const bool floats = p.x == ValueType::kFloat;
+  const bool floats = p.x == DType::kFloat;
   v.whole = p.k / kWordBits / p.group_words % 4 == 0;
   v.column_tiles = floats || p.m <= 8 ? 1 : 2;
   v.row_tiles = !floats && ceil_div(p.n, 16) >= kWideBlocks * gpu.multiprocessors ? 2 : 1;
@@ -288,7 +286,7 @@ constexpr ProductPlan plan_hmma(const Product& p, const Gpu& gpu, Variant v) {
 }
 
 constexpr uint32_t wgmma_rows(const Product& p, const Gpu& gpu) {
-  const uint32_t most = p.x != ValueType::kFloat ? 256 : p.group_words == 4 ? 128 : 64;
+  const uint32_t most = p.x != DType::kFloat ? 256 : p.group_words == 4 ? 128 : 64;
   uint32_t rows = 32;
   while (rows < most && rows < p.m) rows *= 2;
   // A tile of 128 rows takes 0.53 of the time of one of 256 (H100): what counts are waves of tiles.
@@ -304,7 +302,7 @@ constexpr uint32_t kWgmmaShared = 224 * 1024;  // of a block; 227 KB are there
 constexpr ProductPlan plan_wgmma(const Product& p, const Gpu& gpu, Variant v) {
   v.rows = wgmma_rows(p, gpu);
   v.consumers = 2;
-  const uint32_t parts = p.x == ValueType::kFloat ? 3 : 1;
+  const uint32_t parts = p.x == DType::kFloat ? 3 : 1;
   v.steps = parts == 1 && v.rows <= 64 && p.k % 512 == 0 ? 4 : 1;
   const uint32_t stage = v.steps * (parts * 2 * v.rows * 128 + 64 * v.consumers * 16);
   v.stages = smaller(8, (kWgmmaShared - 1024) / stage);
@@ -325,7 +323,7 @@ constexpr ProductPlan plan_wgmma(const Product& p, const Gpu& gpu, Variant v) {
       {uint32_t(ceil_div(p.m, v.rows)), uint32_t(ceil_div(p.n, 64 * v.consumers)), plan.splits},
       128u * (v.consumers + 1),
       1024 + v.stages * stage,
-      p.x == ValueType::kFloat};
+      p.x == DType::kFloat};
   return plan;
 }
 
@@ -344,12 +342,10 @@ constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu) {
     return plan_b1(p, v);
   }
   const bool tiled = gpu.architecture == 90 && p.k % 128 == 0;
-  const uint32_t most = !tiled                     ? kHmmaAloneMaxM
-                        : p.x == ValueType::kFloat ? kHmmaMaxFloatM
-                                                   : kHmmaMaxM;
+  const uint32_t most = !tiled ? kHmmaAloneMaxM : p.x == DType::kFloat ? kHmmaMaxFloatM : kHmmaMaxM;
   const bool few = p.m <= most;
   if (p.indexed || (few && ceil_div(p.n, 16) <= kGridYLimit)) return plan_hmma(p, gpu, v);
-  if (tiled && (p.m <= kWgmmaMaxM || p.x == ValueType::kFloat)) return plan_wgmma(p, gpu, v);
+  if (tiled && (p.m <= kWgmmaMaxM || p.x == DType::kFloat)) return plan_wgmma(p, gpu, v);
   return {Way::kDense, {}, {}};
 }
 
@@ -358,7 +354,7 @@ constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu) {
 
 constexpr Launch plan_affine_grad(const AffineGradArgs& args,
                                   int64_t w_matrices,
-                                  ValueType x,
+                                  DType x,
                                   int group_words) {
   Launch launch = {Kernel::kAffineGrad, {x, x, x}, {}, kGradWarps * 32};
   launch.variant.group_words = group_words;
@@ -369,15 +365,15 @@ constexpr Launch plan_affine_grad(const AffineGradArgs& args,
 
 struct GroupOptions {
   int group_words;
-  uint8_t rule = 0;
-  ValueType other = ValueType::kFloat;  // of fake-quantized weights and their gradient
-  ValueType levels = ValueType::kFloat;
+  Rule rule = Rule::kMinMax;
+  DType other = DType::kFloat;  // of fake-quantized weights and their gradient
+  DType levels = DType::kFloat;
   bool has_importance = false;
 };
 
 constexpr Launch plan_groups(Kernel kernel,
                              int64_t groups,
-                             ValueType type,
+                             DType type,
                              const GroupOptions& options) {
   Launch launch = {kernel, {type, options.levels, options.other}, {}, kGroupWarps * 32};
   launch.variant.group_words = options.group_words;

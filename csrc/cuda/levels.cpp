@@ -11,19 +11,12 @@
 namespace onebit::cuda {
 namespace {
 
-uint8_t rule_of(c10::string_view name) {
-  if (name == "minmax") return 0;
-  if (name == "sign") return 1;
-  if (name == "mean") return 2;
-  return 3;  // check_rule admits no other
-}
-
 // One launch over the groups of w, which is not empty. args names everything but w.
 void launch_groups(Kernel kernel, const Tensor& w, const GroupOptions& options, GroupArgs args) {
   const auto values = w.contiguous();
   args.w = values.const_data_ptr();
   args.groups = w.numel() / (options.group_words * kWordBits);
-  launch(plan_groups(kernel, args.groups, value_type(w), options), args);
+  launch(plan_groups(kernel, args.groups, dtype_of(w), options), args);
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_levels_cuda(const Tensor& w,
@@ -67,8 +60,8 @@ Tensor fake_quantize_cuda(const Tensor& w,
   if (w.numel() == 0) return out;
   GroupArgs args = {};
   args.out = out.mutable_data_ptr();
-  launch_groups(Kernel::kFakeQuantize, w,
-                {group_words(group_size), rule_of(rule), value_type(type)}, args);
+  launch_groups(Kernel::kFakeQuantize, w, {group_words(group_size), rule_of(rule), dtype_of(type)},
+                args);
   return out;
 }
 
@@ -90,7 +83,7 @@ Tensor fake_quantize_backward_cuda(const Tensor& grad,
   args.grad = grads.const_data_ptr();
   args.out = grad_w.mutable_data_ptr();
   launch_groups(Kernel::kFakeQuantizeBackward, w,
-                {group_words(group_size), rule_of(rule), value_type(grad)}, args);
+                {group_words(group_size), rule_of(rule), dtype_of(grad)}, args);
   return grad_w;
 }
 
@@ -115,7 +108,7 @@ Tensor fake_quantize_affine_cuda(const Tensor& w,
   args.biases = base.const_data_ptr();
   args.out = out.mutable_data_ptr();
   launch_groups(Kernel::kFakeQuantizeAffine, w,
-                {group_words(group_size), 0, value_type(type), value_type(scales)}, args);
+                {group_words(group_size), Rule::kMinMax, dtype_of(type), dtype_of(scales)}, args);
   return out;
 }
 
@@ -142,7 +135,7 @@ std::tuple<Tensor, Tensor> fake_quantize_affine_backward_cuda(const Tensor& grad
   args.first = grad_scales.mutable_data_ptr();
   args.second = grad_biases.mutable_data_ptr();
   launch_groups(Kernel::kFakeQuantizeAffineBackward, w,
-                {group_words(group_size), 0, value_type(grad), value_type(scales)}, args);
+                {group_words(group_size), Rule::kMinMax, dtype_of(grad), dtype_of(scales)}, args);
   return {grad_scales, grad_biases};
 }
 

@@ -47,7 +47,7 @@ ProductArgs product_args(const Inputs& o,
 }
 
 void run_b1(const ProductPlan& plan, const Product& p, ProductArgs args, const Tensor& like) {
-  const int64_t items = int64_t(p.k) / 128 * p.m, octets = p.x == ValueType::kFloat ? 4 : 2;
+  const int64_t items = int64_t(p.k) / 128 * p.m, octets = p.x == DType::kFloat ? 4 : 2;
   const auto scratch = at::empty({items * (octets * 32 + 4)}, like.options().dtype(at::kFloat));
   args.planes = mutable_words(scratch);
   args.groups = scratch.mutable_data_ptr<float>() + items * octets * 32;
@@ -76,7 +76,7 @@ void run_wgmma(const ProductPlan& plan, const Product& p, const Inputs& o, const
   const Variant& v = plan.product.variant;
   const uint32_t sum_rows = ceil_div(p.m, v.rows) * v.rows;
   Parts split_x;
-  if (p.x == ValueType::kFloat) split_x = split(o, p, sum_rows);
+  if (p.x == DType::kFloat) split_x = split(o, p, sum_rows);
   const Tensor& x = split_x.parts.defined() ? split_x.parts : o.x;
   const uint32_t parts = split_x.parts.defined() ? 3 : 1;
   Tensor partial;
@@ -90,7 +90,7 @@ void run_wgmma(const ProductPlan& plan, const Product& p, const Inputs& o, const
                                       {64, p.m, k / 64, parts},
                                       {k * 2, 128, k * 2 * p.m},
                                       {64, v.rows, 2u * v.steps, parts},
-                                      p.x == ValueType::kHalf}),
+                                      p.x == DType::kHalf}),
                           tensor_map({o.packed.const_data_ptr(),
                                       true,
                                       2,
@@ -132,7 +132,7 @@ Tensor product_cuda(const Operands& o) {
   const BatchIndices index(shape, x, o.packed, o.lhs_indices, o.rhs_indices);
   const Product p = {uint32_t(shape.m),         uint32_t(shape.n), uint32_t(shape.k),
                      group_words(o.group_size), o.transpose,       index.batches,
-                     index.indexed(),           value_type(x),     value_type(o.scales),
+                     index.indexed(),           dtype_of(x),       dtype_of(o.scales),
                      o.biases.has_value()};
   const ProductPlan plan = plan_product(p, gpu_of(x));
   // Matrices that meet in order are a plain batch: torch multiplies those of many rows.

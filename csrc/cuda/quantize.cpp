@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_cuda(const Tensor& w, int64_t group_
   const auto values = aligned(w);
   const QuantizeArgs args = {values.const_data_ptr(), mutable_words(packed),
                              scales.mutable_data_ptr(), biases.mutable_data_ptr(), scales.numel()};
-  launch(plan_quantize(args.groups, value_type(w), group_words(group_size)), args);
+  launch(plan_quantize(args.groups, dtype_of(w), group_words(group_size)), args);
   return {packed, scales, biases};
 }
 
@@ -38,13 +38,13 @@ void decode_into(const Tensor& out,
   const auto bits = words_of(packed), steps = aligned(scales);
   const auto base = aligned(biases);
   const auto rows = indexed ? indices.to(at::kLong).contiguous() : Tensor();
-  const ValueType type = value_type(out);
+  const DType type = dtype_of(out);
   const int64_t row_words = indexed ? packed.size(1) : packed.numel();
   const DecodeArgs args = {
       words(bits),      steps.const_data_ptr(),        data(base),
       index_data(rows), out.mutable_data_ptr(),        indexed ? packed.size(0) : 1,
       row_words,        decode_blocks(row_words, type)};
-  launch(plan_decode(args, out.numel() / (row_words * kWordBits), value_type(scales), type,
+  launch(plan_decode(args, out.numel() / (row_words * kWordBits), dtype_of(scales), type,
                      group_words(group_size)),
          args);
 }

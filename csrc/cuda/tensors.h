@@ -10,13 +10,6 @@
 
 namespace onebit::cuda {
 
-inline ValueType value_type(at::ScalarType type) {
-  return type == at::kHalf       ? ValueType::kHalf
-         : type == at::kBFloat16 ? ValueType::kBFloat
-                                 : ValueType::kFloat;
-}
-inline ValueType value_type(const Tensor& t) { return value_type(t.scalar_type()); }
-
 inline uint8_t group_words(int64_t group_size) { return uint8_t(group_size / kWordBits); }
 
 // Contiguous and aligned: a slice such as big[1:] is contiguous and need not be.

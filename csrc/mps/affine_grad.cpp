@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> affine_grad_mps(const Tensor& grad,
                                            bool transpose) {
   const auto shape =
       check_affine_grad<int64_t>(grad, x, packed, lhs_indices, rhs_indices, group_size, transpose);
-  const ValueType type = value_type("x", x);
+  const DType type = dtype_on_mps("x", x);
   const auto sizes = levels_shape<int64_t>(packed, group_size);
   const auto options = x.options().dtype(at::kFloat);
   if (grad.numel() == 0 || shape.k == 0)

@@ -39,7 +39,7 @@ std::string function_name(const Pipeline& p) {
   std::string name = std::string(kernel_name(p.kernel)) + "_" + type_name(p.type);
   if (p.rows) name += "_" + std::to_string(p.rows);
   // float sums are what a float product writes anyway
-  if (p.partial && p.type != ValueType::kFloat) name += "_partial";
+  if (p.partial && p.type != DType::kFloat) name += "_partial";
   return name;
 }
 
@@ -98,7 +98,7 @@ class CompiledKernels {
     const Pipeline& p = launch.pipeline;
     const uint32_t levels = static_cast<uint32_t>(p.levels);
     const uint32_t other = static_cast<uint32_t>(p.other);
-    const uint32_t group_words = p.group_words, rule = p.rule;
+    const uint32_t group_words = p.group_words, rule = static_cast<uint32_t>(p.rule);
     MTLFunctionConstantValues* constants = [MTLFunctionConstantValues new];
     [constants setConstantValue:&levels type:MTLDataTypeUInt atIndex:kLevelTypeConstant];
     [constants setConstantValue:&p.has_biases type:MTLDataTypeBool atIndex:kHasBiasesConstant];

@@ -50,9 +50,7 @@ constexpr const char* kernel_name(Kernel kernel) {
   return names[static_cast<int>(kernel)];
 }
 
-enum class ValueType : uint8_t { kFloat, kHalf, kBFloat };
-
-constexpr const char* type_name(ValueType type) {
+constexpr const char* type_name(DType type) {
   constexpr const char* names[] = {"float", "half", "bfloat"};
   return names[static_cast<int>(type)];
 }
@@ -60,16 +58,16 @@ constexpr const char* type_name(ValueType type) {
 // A compiled kernel: its instance and the values of its function constants.
 struct Pipeline {
   Kernel kernel;
-  ValueType type;    // of x and y; of w and its levels in quantize and decode
-  uint8_t rows;      // instance of qmv_wide, 0 for the other kernels
-  bool partial;      // writes float sums that sum_partials adds up
-  ValueType levels;  // of scales and biases
+  DType type;    // of x and y; of w and its levels in quantize and decode
+  uint8_t rows;  // instance of qmv_wide, 0 for the other kernels
+  bool partial;  // writes float sums that sum_partials adds up
+  DType levels;  // of scales and biases
   bool has_biases;
   bool indexed;
   // Of the kernels that own a group of real weights; 0 and float for the others.
   uint8_t group_words = 0;
-  uint8_t rule = 0;                     // kRuleMinMax, ...
-  ValueType other = ValueType::kFloat;  // of fake-quantized weights and their gradient
+  Rule rule = Rule::kMinMax;
+  DType other = DType::kFloat;  // of fake-quantized weights and their gradient
   bool has_importance = false;
 
   constexpr uint32_t key() const {
@@ -191,10 +189,10 @@ struct Product {
   int64_t group_size;
   bool transpose;
   uint32_t batches, x_matrices, w_matrices;
-  bool indexed;      // w_index and x_index say which matrices meet; else there is one of each
-  bool sorted;       // w_index ascends
-  ValueType type;    // of x and y
-  ValueType levels;  // of scales and biases
+  bool indexed;  // w_index and x_index say which matrices meet; else there is one of each
+  bool sorted;   // w_index ascends
+  DType type;    // of x and y
+  DType levels;  // of scales and biases
   bool has_biases;
 };
 
@@ -280,15 +278,15 @@ constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu) {
 // What a kernel that owns a group is compiled for, besides the dtype of w.
 struct GroupOptions {
   int64_t group_size;
-  uint8_t rule = 0;
-  ValueType other = ValueType::kFloat;
-  ValueType levels = ValueType::kFloat;
+  Rule rule = Rule::kMinMax;
+  DType other = DType::kFloat;
+  DType levels = DType::kFloat;
   bool has_importance = false;
 };
 
 constexpr Launch plan_groups(Kernel kernel,
                              const GroupParams& p,
-                             ValueType type,
+                             DType type,
                              const GroupOptions& options) {
   return {{kernel, type, 0, false, options.levels, false, false,
            static_cast<uint8_t>(options.group_size / kWordBits), options.rule, options.other,
@@ -298,7 +296,7 @@ constexpr Launch plan_groups(Kernel kernel,
 }
 
 constexpr Launch plan_flip_bits(const FlipParams& p, int64_t group_size) {
-  return {{Kernel::kFlipBits, ValueType::kFloat, 0, false, ValueType::kFloat, false, false,
+  return {{Kernel::kFlipBits, DType::kFloat, 0, false, DType::kFloat, false, false,
            static_cast<uint8_t>(group_size / kWordBits)},
           {ceil_div(p.rows, kFlipSimdgroups), 1, 1},
           kFlipSimdgroups * kLanes};
@@ -306,14 +304,14 @@ constexpr Launch plan_flip_bits(const FlipParams& p, int64_t group_size) {
 
 // `rows` of the result: of embedding, the number of indices; of dequantize, one.
 constexpr Launch plan_decode(
-    const DecodeParams& p, uint32_t rows, ValueType type, bool has_biases, bool indexed) {
+    const DecodeParams& p, uint32_t rows, DType type, bool has_biases, bool indexed) {
   return {{Kernel::kDecode, type, 0, false, type, has_biases, indexed},
           {ceil_div(p.words * 4, kDecodeThreads), rows, 1},
           kDecodeThreads};
 }
 
-constexpr Launch plan_affine_grad(const AffineGradParams& p, ValueType type, bool indexed) {
-  return {{Kernel::kAffineGrad, type, 0, false, ValueType::kFloat, false, indexed},
+constexpr Launch plan_affine_grad(const AffineGradParams& p, DType type, bool indexed) {
+  return {{Kernel::kAffineGrad, type, 0, false, DType::kFloat, false, indexed},
           {ceil_div(p.columns, kWordBits * kLanes), ceil_div(p.rows, kGradRows * kGradSimdgroups),
            p.w_matrices},
           kGradSimdgroups * kLanes};

@@ -11,13 +11,6 @@
 namespace onebit::mps {
 namespace {
 
-uint8_t rule_of(c10::string_view name) {
-  if (name == "minmax") return kRuleMinMax;
-  if (name == "sign") return kRuleSign;
-  if (name == "mean") return kRuleMean;
-  return kRuleOptimal;  // check_rule admits no other
-}
-
 // One launch over the groups of w; w is not empty.
 void encode_groups(Kernel kernel,
                    const Tensor& w,
@@ -26,8 +19,8 @@ void encode_groups(Kernel kernel,
                    int64_t period = 1) {
   const GroupParams params = {static_cast<uint32_t>(w.numel() / options.group_size),
                               static_cast<uint32_t>(period)};
-  encode(Work{plan_groups(kernel, params, value_type("w", w), options), std::move(buffers), &params,
-              sizeof params});
+  encode(Work{plan_groups(kernel, params, dtype_on_mps("w", w), options), std::move(buffers),
+              &params, sizeof params});
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_levels_mps(const Tensor& w,
@@ -55,7 +48,7 @@ Tensor fake_quantize_mps(const Tensor& w,
   check_quantize_levels<int64_t>(w, rule, group_size, std::nullopt);
   check_output_type(dtype);
   const auto type = dtype.value_or(w.scalar_type());
-  const GroupOptions options = {group_size, rule_of(rule), value_type("dtype", type)};
+  const GroupOptions options = {group_size, rule_of(rule), dtype_on_mps("dtype", type)};
   auto out = at::empty(w.sizes(), w.options().dtype(type));
   if (w.numel() == 0) return out;
   check_count("w", w);
@@ -69,7 +62,7 @@ Tensor fake_quantize_backward_mps(const Tensor& grad,
                                   int64_t group_size) {
   check_quantize_levels<int64_t>(w, rule, group_size, std::nullopt);
   check_gradient<int64_t>(grad, w);
-  const GroupOptions options = {group_size, rule_of(rule), value_type("grad", grad)};
+  const GroupOptions options = {group_size, rule_of(rule), dtype_on_mps("grad", grad)};
   auto grad_w = at::empty(w.sizes(), w.options());
   if (w.numel() == 0) return grad_w;
   check_count("w", w);
@@ -86,8 +79,8 @@ Tensor fake_quantize_affine_mps(const Tensor& w,
   check_affine<int64_t>(w, scales, biases, group_size);
   check_output_type(dtype);
   const auto type = dtype.value_or(w.scalar_type());
-  const GroupOptions options = {group_size, 0, value_type("dtype", type),
-                                value_type("scales", scales)};
+  const GroupOptions options = {group_size, Rule::kMinMax, dtype_on_mps("dtype", type),
+                                dtype_on_mps("scales", scales)};
   auto out = at::empty(w.sizes(), w.options().dtype(type));
   if (w.numel() == 0) return out;
   check_count("w", w);
@@ -103,8 +96,8 @@ std::tuple<Tensor, Tensor> fake_quantize_affine_backward_mps(const Tensor& grad,
                                                              int64_t group_size) {
   check_affine<int64_t>(w, scales, biases, group_size);
   check_gradient<int64_t>(grad, w);
-  const GroupOptions options = {group_size, 0, value_type("grad", grad),
-                                value_type("scales", scales)};
+  const GroupOptions options = {group_size, Rule::kMinMax, dtype_on_mps("grad", grad),
+                                dtype_on_mps("scales", scales)};
   auto grad_scales = at::empty(scales.sizes(), scales.options());
   auto grad_biases = at::empty(scales.sizes(), scales.options());
   if (w.numel() == 0) return {grad_scales, grad_biases};
@@ -123,7 +116,7 @@ Tensor flip_bits_mps(Tensor& bits,
                      int64_t end,
                      int64_t group_size) {
   const auto sizes = check_flip_bits<int64_t>(bits, error, scales, moments, begin, end, group_size);
-  value_type("error", error);
+  dtype_on_mps("error", error);
   auto changes = at::empty(sizes, error.options());
   if (changes.numel() == 0) return changes;
   check_count("bits", bits);

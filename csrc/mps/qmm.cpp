@@ -12,7 +12,7 @@ namespace {
 Tensor product_mps(const Operands& o) {
   const auto shape = check_product<int64_t>(o);
   const Tensor& x = o.x;
-  const ValueType type = value_type("x", x), levels = value_type("scales", o.scales);
+  const DType type = dtype_on_mps("x", x), levels = dtype_on_mps("scales", o.scales);
   auto y = at::empty(shape.y, x.options());
   if (y.numel() == 0) return y;
   if (shape.k == 0) return y.zero_();

@@ -13,7 +13,7 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> quantize_mps(const Tensor& w, int64_t group_size) {
   const auto shape = check_quantize<int64_t>(w, group_size);
-  const ValueType type = value_type("w", w);
+  const DType type = dtype_on_mps("w", w);
   auto packed = at::empty(shape.packed, w.options().dtype(at::kInt));
   auto scales = at::empty(shape.scales, w.options()), biases = at::empty(shape.scales, w.options());
   if (w.numel() == 0) return {packed, scales, biases};
@@ -33,7 +33,7 @@ Tensor decode(at::IntArrayRef sizes,
               const Tensor& scales,
               const OptionalTensor& biases,
               int64_t group_size) {
-  const ValueType type = value_type("scales", scales);
+  const DType type = dtype_on_mps("scales", scales);
   auto out = at::empty(sizes, scales.options());
   if (out.numel() == 0) return out;
   check_count("packed", packed);

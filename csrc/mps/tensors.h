@@ -7,15 +7,13 @@
 
 namespace onebit::mps {
 
-inline ValueType value_type(const char* name, at::ScalarType type) {
+inline DType dtype_on_mps(const char* name, at::ScalarType type) {
   TORCH_CHECK_VALUE(type != at::kDouble, name, " must be float32, float16 or bfloat16 on mps, got ",
                     type);
-  return type == at::kHalf       ? ValueType::kHalf
-         : type == at::kBFloat16 ? ValueType::kBFloat
-                                 : ValueType::kFloat;
+  return dtype_of(type);
 }
-inline ValueType value_type(const char* name, const Tensor& t) {
-  return value_type(name, t.scalar_type());
+inline DType dtype_on_mps(const char* name, const Tensor& t) {
+  return dtype_on_mps(name, t.scalar_type());
 }
 
 // The kernels count elements in 32 bits.

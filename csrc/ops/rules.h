@@ -51,6 +51,14 @@ inline bool is_value_type(at::ScalarType type) {
   return type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kDouble;
 }
 
+inline DType dtype_of(at::ScalarType value_type) {
+  return value_type == at::kHalf       ? DType::kHalf
+         : value_type == at::kBFloat16 ? DType::kBFloat16
+         : value_type == at::kDouble   ? DType::kDouble
+                                       : DType::kFloat;
+}
+inline DType dtype_of(const Tensor& t) { return dtype_of(t.scalar_type()); }
+
 // PyTorch checks strides against the storage when it makes a view, not when the storage is freed or
 // shrinks afterwards (untyped_storage().resize_); a kernel would read what is no longer there.
 // Tensors without data, or that stand for others, have nothing to check.

@@ -28,7 +28,7 @@ std::string text(const Launch& l) {
   return line + "\n";
 }
 
-ValueType type(int64_t i) { return static_cast<ValueType>(i); }
+DType type(int64_t i) { return static_cast<DType>(i); }
 
 }  // namespace
 
@@ -52,7 +52,7 @@ extern "C" void product(const int64_t* p, char* out, size_t size) {
 extern "C" void rows(const int64_t* p, char* out, size_t size) {
   const auto kernel = static_cast<Kernel>(p[0]);
   const int words = int(p[5]);
-  GroupOptions options = {words, uint8_t(p[6]), type(p[3]), type(p[4])};
+  GroupOptions options = {words, static_cast<Rule>(p[6]), type(p[3]), type(p[4])};
   options.has_importance = p[7] != 0;
   Launch launch = plan_groups(kernel, p[1], type(p[2]), options);
   const uint32_t columns = uint32_t(words) * kWordBits;

@@ -20,8 +20,8 @@ extern "C" __attribute__((visibility("default"))) void plan(const int* gpu,
                            static_cast<uint32_t>(p[7]),
                            p[8] != 0,
                            p[9] != 0,
-                           ValueType::kHalf,
-                           ValueType::kFloat,
+                           DType::kHalf,
+                           DType::kFloat,
                            true};
   const ProductPlan plan = plan_product(product, {gpu[0], static_cast<uint32_t>(gpu[1])});
   const Launch& l = plan.product;
@@ -33,9 +33,9 @@ extern "C" __attribute__((visibility("default"))) void plan(const int* gpu,
 // The grid and the key of fake_quantize, by {groups, group size, rule, dtype of w, of the result}.
 extern "C" __attribute__((visibility("default"))) void group_plan(const int* p, uint32_t* out) {
   const GroupParams params = {static_cast<uint32_t>(p[0]), 1};
-  const GroupOptions options = {p[1], static_cast<uint8_t>(p[2]), static_cast<ValueType>(p[4])};
+  const GroupOptions options = {p[1], static_cast<Rule>(p[2]), static_cast<DType>(p[4])};
   const Launch l =
-      plan_groups(Kernel::kFakeQuantize, params, static_cast<ValueType>(p[3]), options);
+      plan_groups(Kernel::kFakeQuantize, params, static_cast<DType>(p[3]), options);
   out[0] = l.groups.x;
   out[1] = l.threads;
   out[2] = l.pipeline.key();

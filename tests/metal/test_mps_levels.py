@@ -333,7 +333,7 @@ MUTANTS = {
     "means from the middle": ("best_cut.h", "(value, size - 1)", "(value, size / 2)"),
     "ties are 1": ("levels.h", "levels.origin > levels", "levels.origin >= levels"),
     "NaN is skipped everywhere": ("levels.h", "isnan(value_at(value, 0))", "false"),
-    "the mean moves no weight": ("levels.h", "if (kRule == kRuleMean) shift", "if (false) shift"),
+    "the mean moves no weight": ("levels.h", "if (rule_is(Rule::kMean)) shift", "if (false) shift"),
     "both levels move alike": ("levels.h", "(high - low) / count", "(high + low) / count"),
     "one side's mean for both": ("levels.h", "? to_high : to_low", "? to_high : to_high"),
     "a negative scale like a positive": ("fake_quantize_affine.metal", "scale < 0 ?", "false ?"),

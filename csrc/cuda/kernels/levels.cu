@@ -10,14 +10,13 @@
 //
 // A warp owns a group: lane l holds values l, 32 + l, ... in registers, read once, written once.
 //   ONEBIT_X      dtype of w, ONEBIT_OUT that of fake-quantized weights and of their gradient
-//   ONEBIT_RULE   0 minmax, 1 sign, 2 mean, 3 optimal
+//   ONEBIT_RULE   a Rule
 //   ONEBIT_HAS_IMPORTANCE
 #include "common.cuh"
 
 using W = ONEBIT_X;
 using Level = ONEBIT_LEVELS;
 using Other = ONEBIT_OUT;
-enum Rule { kMinMax, kSign, kMean, kOptimal };
 constexpr Rule kRule = Rule(ONEBIT_RULE);
 constexpr bool kHasImportance = ONEBIT_HAS_IMPORTANCE;
 
@@ -221,23 +220,23 @@ __device__ __forceinline__ bool bit_of(const TwoLevels& levels, float value) {
 
 __device__ __forceinline__ TwoLevels levels_of(const Group& value, const Group& weight) {
   TwoLevels levels = {0, 0, 0, 0};
-  if constexpr (kRule == kMinMax) {
+  if constexpr (kRule == Rule::kMinMax) {
     const Extremes at = extremes_of(value);
     levels.low = levels.origin = value_at(value, at.least);
     levels.high = value_at(value, at.greatest);
     levels.threshold = (levels.high - levels.low) * 0.5f;
-  } else if constexpr (kRule == kOptimal) {
+  } else if constexpr (kRule == Rule::kOptimal) {
     const Cut cut = best_cut(value, weight);
     levels.threshold = cut.threshold;
     levels.low = cut.low;
     levels.high = cut.high;
   } else {
     const float mass = kHasImportance ? group_sum(weight) : float(kGroupSize);
-    if (kRule == kMean) levels.origin = group_sum(value) / mass;
+    if (kRule == Rule::kMean) levels.origin = group_sum(value) / mass;
     Group term;
     ONEBIT_EACH(i) term[i] = weight[i] * fabsf(value[i] - levels.origin);
     const float deviation = group_sum(term) / mass;
-    levels.low = kRule == kMean ? levels.origin - deviation : -deviation;
+    levels.low = kRule == Rule::kMean ? levels.origin - deviation : -deviation;
     levels.high = levels.origin + deviation;
   }
   return levels;
@@ -252,13 +251,13 @@ __device__ __forceinline__ Group through_levels(const Group& value,
   ONEBIT_EACH(i) of_high[i] = bit_of(levels, value[i]) ? grad[i] : 0.0f;
   const float total = group_sum(grad);
   const float high = group_sum(of_high), low = total - high;
-  if constexpr (kRule == kMinMax) {
+  if constexpr (kRule == Rule::kMinMax) {
     const Extremes at = extremes_of(value);
     ONEBIT_EACH(i) {
       if (i * 32 + lane_id() == at.least) grad[i] += low;
       if (i * 32 + lane_id() == at.greatest) grad[i] += high;
     }
-  } else if constexpr (kRule == kOptimal) {
+  } else if constexpr (kRule == Rule::kOptimal) {
     float above = 0;
     ONEBIT_EACH(i) above += float(__popc(__ballot_sync(kAll, bit_of(levels, value[i]))));
     const float to_high = above > 0 ? high / above : 0.0f;
@@ -273,7 +272,7 @@ __device__ __forceinline__ Group through_levels(const Group& value,
     }
     const float slope = (high - low) / kCount;
     float shift = 0;
-    if (kRule == kMean) shift = fmaf(-slope, group_sum(side) / kCount, total / kCount);
+    if (kRule == Rule::kMean) shift = fmaf(-slope, group_sum(side) / kCount, total / kCount);
     ONEBIT_EACH(i) grad[i] += shift + slope * side[i];
   }
   return grad;

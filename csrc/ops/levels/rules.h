@@ -9,9 +9,12 @@ namespace onebit {
 
 using OptionalType = std::optional<at::ScalarType>;
 
-inline void check_rule(std::string_view rule) {
-  TORCH_CHECK_VALUE(rule == "minmax" || rule == "sign" || rule == "mean" || rule == "optimal",
-                    "rule must be minmax, sign, mean or optimal, got ", rule);
+inline Rule rule_of(std::string_view name) {
+  if (name == "minmax") return Rule::kMinMax;
+  if (name == "sign") return Rule::kSign;
+  if (name == "mean") return Rule::kMean;
+  TORCH_CHECK_VALUE(name == "optimal", "rule must be minmax, sign, mean or optimal, got ", name);
+  return Rule::kOptimal;
 }
 
 // importance is one value per column of w, or one per value of w.
@@ -37,7 +40,7 @@ QuantizeShape<Int> check_quantize_levels(const Tensor& w,
                                          int64_t group_size,
                                          const OptionalTensor& importance) {
   const auto shape = check_quantize<Int>(w, group_size);
-  check_rule(rule);
+  rule_of(rule);
   check_importance<Int>(importance, w, rule);
   return shape;
 }
