@@ -40,6 +40,8 @@ GROUPS = {
     "Layers": [
         "OneBitLinear",
         "OneBitEmbedding",
+        "OneBitExperts",
+        "OneBitStack",
         "QATLinear",
         "QATEmbedding",
         "LoRALinear",

@@ -7,6 +7,7 @@ Prints the first input that ends in another exception, or takes more than a seco
 
 import argparse
 import json
+import math
 import random
 import resource
 import sys
@@ -73,6 +74,9 @@ def write_samples(folder: Path) -> dict[str, tuple[list[Path], Callable[[], Sour
     }
     tokens = {"tokenizer.ggml.model": "none", "tokenizer.ggml.tokens": list("abcd")}
     save_gguf(folder / "a.gguf", config, layers, tensors, tokens)
+    flat = layer(4, 128)
+    stack = Packed(*(t.unflatten(0, (2, 2)) for t in (flat.weight, flat.scales)), None, 128)
+    layers.append((f"{block}.mlp.switch_mlp.up_proj", stack))
     save_mlx(folder / "mlx", config, layers, tensors, max_shard_bytes=3000)
     names = ["config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"]
     return {
@@ -114,7 +118,7 @@ def read_all(source: Source) -> None:
         described = source.layer(path)
         if described.one_bit:
             source.packed(path)
-        elif described.columns * described.rows < 1 << 20:
+        elif math.prod(described.shape) < 1 << 20:
             source.dequantized(path, described)
     for name in source.names:
         source.tensor(name).sum()

@@ -225,7 +225,6 @@ GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 80}
 
 # model_type, class of Auto, sizes, inputs, layers not to convert, 1-bit layers, what holds matrices
 # that stay float
-EXPERTS = {"Qwen3MoeExperts", "Qwen3MoeTopKRouter"}
 SCALED = {"GemmaTextScaledWordEmbedding", "Linear"}
 VIT = {**SMALL, "image_size": 16, "patch_size": 8}
 SOUND = {"Conv1d", "Embedding", "WhisperPositionalEmbedding"}
@@ -235,7 +234,7 @@ ARCHITECTURES = [
     ("qwen2", "CausalLM", SMALL, {}, [], 16, set()),
     ("qwen3", "CausalLM", {**SMALL, "head_dim": 32}, {}, [], 16, set()),
     ("phi", "CausalLM", SMALL, {}, [], 14, set()),
-    ("qwen3_moe", "CausalLM", {**SMALL, **MOE, "head_dim": 32}, {}, [], 10, EXPERTS),
+    ("qwen3_moe", "CausalLM", {**SMALL, **MOE, "head_dim": 32}, {}, [], 16, {"Qwen3MoeTopKRouter"}),
     ("gemma", "CausalLM", {**SMALL, "head_dim": 32}, {}, [], 14, SCALED),
     ("gpt2", "CausalLM", GPT2, {}, [], 3, {"Conv1D"}),
     ("bert", "MaskedLM", SMALL, {}, [], 17, set()),

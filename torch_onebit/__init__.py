@@ -15,7 +15,14 @@ from torch_onebit.distillation import Distillation, distillation_loss
 from torch_onebit.loading import load_checkpoint, load_gguf
 from torch_onebit.lora import LoRALinear, add_lora_
 from torch_onebit.methods import METHODS, quantize_weight
-from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
+from torch_onebit.nn import (
+    OneBitEmbedding,
+    OneBitExperts,
+    OneBitLinear,
+    OneBitModule,
+    OneBitStack,
+    tie,
+)
 from torch_onebit.onnx_export import onnx_translations
 from torch_onebit.ops import (
     affine_grad,
@@ -61,8 +68,10 @@ __all__ = [
     "LeftRow",
     "LoRALinear",
     "OneBitEmbedding",
+    "OneBitExperts",
     "OneBitLinear",
     "OneBitModule",
+    "OneBitStack",
     "ParameterCount",
     "QATEmbedding",
     "QATLinear",

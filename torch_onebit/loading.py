@@ -11,7 +11,16 @@ from tqdm.auto import tqdm
 
 from torch_onebit.checkpoint import CheckpointError, GGUFCheckpoint, Layer, MLXCheckpoint, Source
 from torch_onebit.checks import check_model
-from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
+from torch_onebit.float_layers import experts_obstacle, is_experts, projection_shapes
+from torch_onebit.nn import (
+    OneBitEmbedding,
+    OneBitExperts,
+    OneBitLinear,
+    OneBitModule,
+    OneBitStack,
+    tie,
+)
+from torch_onebit.saving import stored_path
 from torch_onebit.skeleton import skeleton
 from torch_onebit.symmetric import symmetrize_
 
@@ -175,6 +184,35 @@ class _LayerTarget:
 
 
 @dataclass
+class _ExpertsTarget:
+    """The three stacks of a mixture's experts in the file, and the module that gets them."""
+
+    layers: dict[str, tuple[str, Layer]]  # by projection: path in the file
+    place: _Place
+
+    def load(self, source: Source, path: str, device: torch.device | str | None) -> None:
+        experts = self.place.value
+        if not all(layer.one_bit for _, layer in self.layers.values()):
+            stacks = {name: source.dequantized(*found) for name, found in self.layers.items()}
+            gate_up = torch.cat([stacks["gate_proj"], stacks["up_proj"]], 1)
+            _fill([_Place(experts, "gate_up_proj")], gate_up, device)
+            return _fill([_Place(experts, "down_proj")], stacks["down_proj"], device)
+        if device is None:
+            down = experts.down_proj
+            device = _device(down.weight if isinstance(down, OneBitStack) else down)
+        stacks = {}
+        for name, (stored_as, _) in self.layers.items():
+            packed = source.packed(stored_as)
+            tensors = (t.to(device) for t in (packed.weight, packed.scales, packed.biases))
+            stacks[name] = OneBitStack.from_packed(*tensors, group_size=packed.group_size)
+        if isinstance(experts, OneBitExperts):
+            for name, stack in stacks.items():
+                setattr(experts, name, stack.train(experts.training))
+        else:
+            self.place.set(OneBitExperts(experts, **stacks))
+
+
+@dataclass
 class _TensorTarget:
     """A tensor of the checkpoint and all places of the model that share it."""
 
@@ -186,7 +224,7 @@ class _TensorTarget:
 
 @dataclass
 class _Plan:
-    layers: dict[str, _LayerTarget] = field(default_factory=dict)
+    layers: dict[str, _LayerTarget | _ExpertsTarget] = field(default_factory=dict)
     tensors: dict[str, _TensorTarget] = field(default_factory=dict)
 
 
@@ -201,8 +239,16 @@ def _plan(model: nn.Module, source: Source, other_bits: str, strict: bool) -> _P
     filled: set[str] = set()
     unexpected: list[str] = []
     other: list[str] = []
+    experts = _experts(modules, source)
+    for path, stacks in experts.items():
+        plan.layers[path] = _ExpertsTarget(stacks, _place(modules, path))
+        other += [f"{p}: {layer}" for p, layer in stacks.values() if not layer.one_bit]
+        filled |= {name for name in names_of if name.startswith(f"{path}.")}
+    in_experts = {p for stacks in experts.values() for p, _ in stacks.values()}
     for path in source.paths:
         module = modules.get(path)
+        if path in in_experts:
+            continue
         if module is None:
             unexpected.append(path)
             continue
@@ -210,7 +256,7 @@ def _plan(model: nn.Module, source: Source, other_bits: str, strict: bool) -> _P
         if f"{path}.weight" in filled:  # a tied layer that the file holds twice
             _check_same(source, plan.layers, names_of[f"{path}.weight"], path)
             continue
-        _check_shape(path, (layer.rows, layer.columns), (_rows(module), _columns(path, module)))
+        _check_shape(path, layer.shape, (_rows(module), _columns(path, module)))
         if not layer.one_bit:
             other.append(f"{path}: {layer}")
         aliases = [n.rpartition(".")[0] for n in names_of[f"{path}.weight"]]
@@ -240,6 +286,34 @@ def _plan(model: nn.Module, source: Source, other_bits: str, strict: bool) -> _P
         what += [f"has {_some(unexpected)} that the model lacks"] * bool(unexpected)
         raise CheckpointError(f"checkpoint must fit the model, but it {' and '.join(what)}")
     return plan
+
+
+def _experts(
+    modules: dict[str, nn.Module], source: Source
+) -> dict[str, dict[str, tuple[str, Layer]]]:
+    """By the path of experts in the model: their stacks in the file, checked."""
+    found: dict[str, dict[str, tuple[str, Layer]]] = {}
+    known = set(source.paths)
+    for path, module in modules.items():
+        packed = isinstance(module, OneBitExperts)
+        if not packed and not (is_experts(module) and experts_obstacle(module) is None):
+            continue
+        shapes = projection_shapes(module)
+        paths = {name: stored_path(path, name) for name in shapes}
+        stored = [p for p in paths.values() if p in known]
+        if not stored:
+            continue
+        stacks = {}
+        for name, stored_as in paths.items():
+            if stored_as not in known:
+                raise CheckpointError(f"{stored[0]} must have {stored_as} beside it, got none")
+            layer = source.layer(stored_as, shapes[name][-1])
+            _check_shape(stored_as, layer.shape, shapes[name])
+            if packed and not layer.one_bit:
+                raise CheckpointError(f"{stored_as} must be of 1 bit as in the model, got {layer}")
+            stacks[name] = (stored_as, layer)
+        found[path] = stacks
+    return found
 
 
 def _check_same(

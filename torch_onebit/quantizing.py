@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 
 from torch_onebit.checks import check_group_size
-from torch_onebit.float_layers import is_embedding, is_linear, obstacle
+from torch_onebit.float_layers import is_embedding, is_experts, is_linear, obstacle
 from torch_onebit.methods import check_method
-from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
+from torch_onebit.nn import OneBitEmbedding, OneBitExperts, OneBitLinear, tie
 from torch_onebit.surgery import FilterFn, swap_
 
 
@@ -24,9 +24,10 @@ def quantize_(
 ) -> nn.Module:
     """Quantize a model to 1 bit in place: every nn.Linear and nn.Embedding that is not left out.
 
-    GPT-2's ``Conv1D`` counts as a linear layer. Weights that were tied stay tied. Subclasses of the
-    layers are left alone: their owners may look into their weights. What was done and what stayed
-    float, and why, is in ``report(model)``, which prints as a table.
+    GPT-2's ``Conv1D`` counts as a linear layer, and experts of transformers' mixtures that are
+    gate, up and down projections become ``OneBitExperts``. Weights that were tied stay tied.
+    Subclasses of the layers are left alone: their owners may look into their weights. What was done
+    and what stayed float, and why, is in ``report(model)``, which prints as a table.
 
     Args:
         model: the model; not itself one of the layers.
@@ -75,7 +76,7 @@ def dequantize_(
     skip: Iterable[str] = (),
     progress: bool = True,
 ) -> nn.Module:
-    """Turn every 1-bit layer of a model back into nn.Linear or nn.Embedding, in place.
+    """Turn every 1-bit layer of a model back into nn.Linear, nn.Embedding or experts, in place.
 
     The weights are the dequantized ones, in the dtype of the scales; tied layers stay tied.
 
@@ -93,8 +94,8 @@ def dequantize_(
     return swap_(
         "dequantize_",
         model,
-        lambda module: isinstance(module, OneBitModule),
-        lambda layer: layer.to_linear() if hasattr(layer, "to_linear") else layer.to_embedding(),
+        lambda module: isinstance(module, OneBitLinear | OneBitEmbedding | OneBitExperts),
+        _dequantized,
         share=_share,
         filter_fn=filter_fn,
         skip=skip,
@@ -104,7 +105,7 @@ def dequantize_(
 
 
 def _wanted(module: nn.Module) -> bool:
-    return is_linear(module) or is_embedding(module)
+    return is_linear(module) or is_embedding(module) or is_experts(module)
 
 
 def _check(layer: nn.Module, options: dict[str, Any]) -> str | None:
@@ -112,10 +113,18 @@ def _check(layer: nn.Module, options: dict[str, Any]) -> str | None:
     return obstacle(layer)
 
 
-def _quantized(layer: nn.Module, **options: Any) -> OneBitModule:
+def _quantized(layer: nn.Module, **options: Any) -> nn.Module:
     if is_linear(layer):
         return OneBitLinear.from_linear(layer, **options)
+    if is_experts(layer):
+        return OneBitExperts.from_experts(layer, **options)
     return OneBitEmbedding.from_embedding(layer, **options)
+
+
+def _dequantized(layer: nn.Module) -> nn.Module:
+    if isinstance(layer, OneBitLinear):
+        return layer.to_linear()
+    return layer.to_experts() if isinstance(layer, OneBitExperts) else layer.to_embedding()
 
 
 def _share(owner: nn.Module, other: nn.Module) -> None:

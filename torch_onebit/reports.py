@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils.parametrize import ParametrizationList
 
 from torch_onebit.checks import check_model
+from torch_onebit.float_layers import experts_obstacle, is_experts
 from torch_onebit.nn import OneBitModule
 
 _ATTRIBUTE = "onebit_report"
@@ -24,7 +26,7 @@ class LayerRow:
 
     name: str
     kind: str  # the class it has now
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     group_size: int | None
     bytes_before: int
     bytes_after: int
@@ -89,7 +91,7 @@ class Report:
     def bits_per_weight(self) -> float:
         """Bits stored per weight of packed layers, levels included; 0 when there are none."""
         packed = [row for row in self.layers if row.kind.startswith("OneBit") and row.bytes_after]
-        weights = sum(row.shape[0] * row.shape[1] for row in packed)
+        weights = sum(prod(row.shape) for row in packed)
         return 8 * sum(row.bytes_after for row in packed) / weights if weights else 0.0
 
     def __str__(self) -> str:
@@ -210,6 +212,8 @@ def _why(module: nn.Module, parameter: Tensor) -> str:
         return "parametrized: only prepare_qat_ takes it"
     if isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag):
         return f"{kind} is a class of its own: whoever made it may read its weight"
+    if is_experts(module):
+        return experts_obstacle(module) or "experts: only quantize_ takes them"
     if isinstance(module, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weights itself"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
@@ -219,7 +223,7 @@ def _why(module: nn.Module, parameter: Tensor) -> str:
     if isinstance(module, nn.Bilinear):
         return "nn.Bilinear has no 1-bit form"
     if parameter.dim() > 2:
-        return f"a parameter of {parameter.dim()} dimensions, as of experts: no layer to swap"
+        return f"a parameter of {parameter.dim()} dimensions: no layer to swap"
     return f"a parameter of {kind} itself: no layer to swap"
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch_onebit.checkpoint import CheckpointError, Packed, save_gguf, save_mlx
 from torch_onebit.checkpoint.mlx import MAX_SHARD_BYTES
 from torch_onebit.checks import check_count, check_model
-from torch_onebit.nn import OneBitModule
+from torch_onebit.nn import OneBitModule, OneBitStack
 
 
 def save_checkpoint(
@@ -69,8 +69,14 @@ def export_gguf(
     save_gguf(path, config, packed_layers(model), other_tensors(model), metadata or {})
 
 
+def stored_path(experts: str, projection: str) -> str:
+    """The path of a stack of experts in a file, where mlx-lm looks for it."""
+    owner, _, name = experts.rpartition(".")
+    return ".".join(filter(None, (owner, "switch_mlp" if name == "experts" else name, projection)))
+
+
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, Packed]]:
-    """Every 1-bit layer by path; of those that share weights the first."""
+    """Every 1-bit layer by the path it has in a file; of those that share weights the first."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         if not isinstance(module, OneBitModule) or id(module.scales) in seen:
@@ -84,7 +90,10 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, Packed]]:
             )
         seen.add(id(module.scales))
         biases = None if module.biases is None else module.biases.detach()
-        yield path, Packed(module.weight, module.scales.detach(), biases, module.group_size)
+        levels = (module.scales.detach(), biases)
+        if isinstance(module, OneBitStack):
+            path = stored_path(*path.rsplit(".", 1)) if "." in path else path
+        yield path, Packed(module.weight, *levels, module.group_size)
 
 
 def other_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -112,7 +121,15 @@ def config_of(model: nn.Module) -> dict[str, Any]:
         return {}
     described = config.to_dict()
     described.pop("quantization_config", None)
-    rope = described.get("rope_parameters")
+    return {**mlx_names(config), **described}
+
+
+def mlx_names(config: Any) -> dict[str, Any]:
+    """What transformers writes under other names than those mlx-lm looks for."""
+    names = {}
+    rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and "rope_theta" in rope:
-        described.setdefault("rope_theta", rope["rope_theta"])  # where mlx-lm looks for it
-    return described
+        names["rope_theta"] = rope["rope_theta"]
+    if "num_experts" in getattr(config, "attribute_map", {}):
+        names["num_experts"] = config.num_experts
+    return names

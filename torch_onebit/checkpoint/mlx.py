@@ -50,19 +50,19 @@ class MLXCheckpoint:
         self.names = [name for name in self._files if name not in packed]
 
     def layer(self, path: str, columns: int | None = None) -> Layer:
-        rows, *groups = self.shape(f"{path}.scales")
-        words = self.shape(f"{path}.weight")
-        if len(groups) != 1 or len(words) != 2 or words[0] != rows or not groups[0]:
+        *lead, groups = self.shape(f"{path}.scales") or (0,)
+        *same, words = self.shape(f"{path}.weight") or (0,)
+        if len(lead) not in (1, 2) or lead != same or not groups:
             raise CheckpointError(
-                f"{path}.scales must have shape [n, groups] beside words [n, k * bits / 32], "
-                f"got {[rows, *groups]} and {list(words)}"
+                f"{path}.scales must have shape [n, groups] beside words [n, k * bits / 32], or "
+                f"both for a stack of matrices, got {[*lead, groups]} and {[*same, words]}"
             )
-        layer = self._described(path, rows, groups[0], words[1], columns)
-        if words[1] * WORD_BITS != layer.columns * layer.bits:
+        layer = self._described(path, tuple(lead), groups, words, columns)
+        if words * WORD_BITS != layer.columns * layer.bits:
             raise CheckpointError(
                 f"{path}.weight must have {layer.columns * layer.bits / WORD_BITS:g} words in a "
-                f"row, for {groups[0]} groups of {layer.group_size} weights of {layer.bits} bits, "
-                f"got {words[1]}"
+                f"row, for {groups} groups of {layer.group_size} weights of {layer.bits} bits, "
+                f"got {words}"
             )
         if self.dtype(f"{path}.weight") != "U32":
             raise CheckpointError(f"{path}.weight must be U32, got {self.dtype(f'{path}.weight')}")
@@ -71,7 +71,7 @@ class MLXCheckpoint:
         return layer
 
     def _described(
-        self, path: str, rows: int, groups: int, words: int, columns: int | None
+        self, path: str, shape: tuple[int, ...], groups: int, words: int, columns: int | None
     ) -> Layer:
         """What config.json says of this path, else, as in mlx-lm, what the shapes say, else what
         config.json says of all."""
@@ -91,7 +91,9 @@ class MLXCheckpoint:
         if not isinstance(options["mode"], str):
             raise CheckpointError(f"mode of {path} must be a string, got {options['mode']!r}")
         group_size = options["group_size"]
-        return Layer(options["bits"], group_size, options["mode"], rows, groups * group_size)
+        *lead, rows = shape
+        columns = groups * group_size
+        return Layer(options["bits"], group_size, options["mode"], rows, columns, tuple(lead))
 
     def _check_levels(self, path: str) -> None:
         scales, biases = f"{path}.scales", f"{path}.biases"
@@ -111,23 +113,24 @@ class MLXCheckpoint:
 
     def packed(self, path: str) -> Packed:
         words, scales, biases = (self.tensor(f"{path}.{entry}") for entry in ENTRIES)
-        group_size = words.shape[1] * WORD_BITS // scales.shape[1]
+        group_size = words.shape[-1] * WORD_BITS // scales.shape[-1]
         return Packed(words.view(torch.int32), scales, biases, group_size)
 
     def dequantized(self, path: str, layer: Layer) -> Tensor:
         if layer.mode != "affine" or layer.bits not in AFFINE_BITS:
             raise CheckpointError(f"{path} must be affine of {AFFINE_BITS} bits, got {layer}")
-        words, scales, biases = (self.tensor(f"{path}.{entry}") for entry in ENTRIES)
-        decoded = torch.empty(layer.rows, layer.columns, dtype=scales.dtype)
+        stored = (self.tensor(f"{path}.{entry}") for entry in ENTRIES)
+        words, scales, biases = (t.flatten(0, -2) for t in stored)
+        decoded = torch.empty(len(words), layer.columns, dtype=scales.dtype)
         powers = 2 ** torch.arange(layer.bits, dtype=torch.uint8)
-        for rows in torch.arange(layer.rows).split(256):  # bits of some rows, a byte each
-            some = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, len(words), 256):  # bits of some rows, a byte each
+            some = slice(start, start + 256)
             bits = unpack_bits(words[some]).unflatten(-1, (layer.columns, layer.bits))
             codes = (bits * powers).sum(-1, dtype=torch.uint8).to(scales.dtype)
             grouped = codes.unflatten(-1, (-1, layer.group_size))
             values = grouped * scales[some, :, None] + biases[some, :, None]
             decoded[some] = values.flatten(-2)
-        return decoded
+        return decoded.view(layer.shape)
 
     def has(self, name: str) -> bool:
         return name in self._files

@@ -13,13 +13,19 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantized matrix ``[rows, columns]`` as a file describes it; nothing of it is read."""
+    """A quantized matrix ``[rows, columns]``, or a stack of them, as a file describes it; nothing
+    of it is read."""
 
     bits: int
     group_size: int
     mode: str
     rows: int
     columns: int
+    lead: tuple[int, ...] = ()  # how many there are in a stack
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.lead, self.rows, self.columns)
 
     @property
     def one_bit(self) -> bool:
@@ -31,7 +37,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Packed:
-    """One matrix of the format: words ``[n, k // 32]`` int32, levels ``[n, k // group_size]``."""
+    """A matrix of the format: words ``[n, k // 32]`` int32, levels ``[n, k // group_size]``; or a
+    stack of them."""
 
     weight: Tensor
     scales: Tensor
@@ -57,7 +64,7 @@ class Source(Protocol):
         """Read a 1-bit layer."""
 
     def dequantized(self, path: str, layer: Layer) -> Tensor:
-        """Read an affine layer of any number of bits: ``[rows, columns]``."""
+        """Read an affine layer of any number of bits, in the shape of layer."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one of ``names``, from the header."""

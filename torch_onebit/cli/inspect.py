@@ -52,7 +52,7 @@ def _mlx(path: Path) -> tuple[str, list[Row]]:
         layer = source.layer(layer_path)
         names = [f"{layer_path}.{entry}" for entry in ("weight", "scales", "biases")]
         size = sum(_bytes(source, n) for n in names if source.has(n))
-        rows.append((layer_path, str(layer), (layer.rows, layer.columns), size))
+        rows.append((layer_path, str(layer), layer.shape, size))
     for name in source.names:
         rows.append((name, source.dtype(name), source.shape(name), _bytes(source, name)))
     return f"MLX, {source.config.get('model_type', 'of no model_type')}", rows

@@ -9,16 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+)
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from torch_onebit.checkpoint import CheckpointError, MLXCheckpoint
 from torch_onebit.checkpoint.mlx import description
 from torch_onebit.checks import LEVEL_DTYPES, check_model
+from torch_onebit.float_layers import experts_obstacle, is_experts, projection_shapes
 from torch_onebit.methods import quantize_weight
-from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
-from torch_onebit.saving import packed_layers
+from torch_onebit.nn import OneBitEmbedding, OneBitExperts, OneBitLinear, OneBitModule, tie
+from torch_onebit.saving import mlx_names, packed_layers
 from torch_onebit.symmetric import symmetrize_
 from torch_onebit.transformers.config import OneBitConfig
 
@@ -34,6 +40,8 @@ class OneBitQuantizer(HfQuantizer):
     def __init__(self, quantization_config: OneBitConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self._ties: dict[str, str] = {}  # paths of layers: the tied one, the one that has weights
+        self._experts: set[str] = set()  # paths of those to quantize on load
+        self._names: list[WeightRenaming] = []  # that MLX's files have and others do not
         self._model: weakref.ref[nn.Module] | None = None
 
     # --- before loading ---
@@ -42,9 +50,10 @@ class OneBitQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **options: Any
     ) -> nn.Module:
         if self.pre_quantized:
-            wanted = dict(_stored_layers(model, checkpoint_files))
+            wanted = _stored_layers(model, self, checkpoint_files)
         else:
             wanted = {path: self._options(layer) for path, layer in self._chosen(model)}
+            self._experts = {path for path in wanted if is_experts(model.get_submodule(path))}
         tied = {
             target.removesuffix(".weight"): source.removesuffix(".weight")
             for target, source in model.all_tied_weights_keys.items()
@@ -56,7 +65,8 @@ class OneBitQuantizer(HfQuantizer):
             else:  # what shares a float weight stays float
                 wanted.pop(target, None)
         for path, layer_options in wanted.items():
-            model.set_submodule(path, _empty(path, model.get_submodule(path), layer_options))
+            if path not in self._experts:  # those stay float until transformers has merged them
+                model.set_submodule(path, _empty(path, model.get_submodule(path), layer_options))
         _declare_ties(model, self._ties)
         return model
 
@@ -77,7 +87,7 @@ class OneBitQuantizer(HfQuantizer):
         return {
             "group_size": config.group_size,
             "symmetric": config.symmetric,
-            "dtype": layer.weight.dtype,
+            "dtype": (layer.down_proj if is_experts(layer) else layer.weight).dtype,
         }
 
     # --- while loading ---
@@ -85,10 +95,18 @@ class OneBitQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: nn.Module, param_name: str, **options: Any) -> bool:
         path, _, entry = param_name.rpartition(".")
         packed = entry == "weight" and isinstance(model.get_submodule(path), OneBitModule)
-        return packed and not self.pre_quantized
+        return (packed or path in self._experts) and not self.pre_quantized
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self.quantization_config)
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: nn.Module
+    ) -> list[WeightTransform]:
+        if not self.pre_quantized:
+            return weight_conversions
+        self._names = [WeightRenaming(r"\.switch_mlp\.", ".experts.")]
+        return [*weight_conversions, *self._names]
 
     def get_new_dtype(
         self, converter: Any, param: Any, dtype: torch.dtype | None
@@ -111,6 +129,9 @@ class OneBitQuantizer(HfQuantizer):
             tie(model.get_submodule(source), model.get_submodule(target))
         if self.pre_quantized and self.quantization_config.symmetric:
             symmetrize_(model)
+        kept = getattr(model, "_weight_conversions", None)
+        if kept:  # to be reverted when the model is saved, under MLX's names as it is
+            model._weight_conversions = [c for c in kept if c not in self._names]
         self.pre_quantized = True  # what is saved from now on
         self._model = weakref.ref(model)
         return model
@@ -144,9 +165,7 @@ class OneBitQuantizer(HfQuantizer):
         self.quantization_config.symmetric = all(m.symmetric for m in modules)
         model.config.quantization_config = self.quantization_config
         model.config.quantization = block  # where mlx-lm looks first
-        rope = getattr(model.config, "rope_parameters", None)
-        if isinstance(rope, dict) and "rope_theta" in rope:
-            model.config.rope_theta = rope["rope_theta"]  # and where most of its models look
+        vars(model.config).update(mlx_names(model.config))
 
     @property
     def is_trainable(self) -> bool:
@@ -172,13 +191,31 @@ class _Quantize(ConversionOps):
     def convert(self, input_dict: dict[str, Any], *args: Any, **options: Any) -> dict[str, Tensor]:
         name, value = next(iter(input_dict.items()))
         weight = value[0] if isinstance(value, list) else value
+        path, _, entry = name.rpartition(".")
+        if entry == "weight":
+            return self._packed(path, weight)
+        model = options["model"]
+        experts = model.get_submodule(path)
+        if is_experts(experts):
+            form = {"group_size": self._config.group_size, "symmetric": self._config.symmetric}
+            model.set_submodule(path, _empty(path, experts, {**form, "dtype": weight.dtype}))
+        options["missing_keys"].discard(name)
+        if entry == "down_proj":
+            return self._packed(f"{path}.down_proj", weight)
+        gate, up = weight.chunk(2, dim=1)
+        return self._packed(f"{path}.gate_proj", gate) | self._packed(f"{path}.up_proj", up)
+
+    def _packed(self, path: str, weight: Tensor) -> dict[str, Tensor]:
         config = self._config
         tensors = quantize_weight(
-            weight, config.method, config.group_size, symmetric=config.symmetric
+            weight.flatten(0, -2), config.method, config.group_size, symmetric=config.symmetric
         )
-        path = name.removesuffix("weight")
         named = zip(ENTRIES, tensors, strict=True)
-        return {path + entry: tensor for entry, tensor in named if tensor is not None}
+        return {
+            f"{path}.{entry}": tensor.view(*weight.shape[:-1], tensor.shape[-1])
+            for entry, tensor in named
+            if tensor is not None
+        }
 
 
 def attach_quantizer_(model: nn.Module) -> nn.Module:
@@ -212,44 +249,67 @@ def attach_quantizer_(model: nn.Module) -> nn.Module:
 
 
 def _stored_layers(
-    model: nn.Module, checkpoint_files: list[str] | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Layers that the checkpoint has packed, and how."""
+    model: nn.Module, quantizer: OneBitQuantizer, checkpoint_files: list[str] | None
+) -> dict[str, dict[str, Any]]:
+    """Layers that the checkpoint has packed, and how; for experts, how each matrix is."""
     if not checkpoint_files:
         raise CheckpointError("a 1-bit model must be loaded from files of safetensors, got none")
     source = MLXCheckpoint(Path(checkpoint_files[0]).parent)
+    shapes = {
+        path: tuple(module.weight.shape)
+        for path, module in model.named_modules()
+        if type(module) in (nn.Linear, nn.Embedding)
+    }
+    experts: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
+        if is_experts(module) and experts_obstacle(module) is None:
+            own = {f"{path}.{name}": shape for name, shape in projection_shapes(module).items()}
+            experts[path] = list(own)
+            shapes |= own
+    wanted: dict[str, dict[str, Any]] = {}
+    rename = _renaming(model, quantizer, shapes)
     modules = dict(model.named_modules())
-    rename = _renaming(model)
     for path in source.paths:
         name = rename(path)
-        if name not in modules:
+        if name not in shapes:
+            if name in modules:
+                raise CheckpointError(
+                    f"{name} must be an nn.Linear or nn.Embedding (no subclass) to hold 1-bit "
+                    f"weights, got {type(modules[name]).__name__}"
+                )
             continue  # transformers reports what the model lacks
-        module = modules[name]
-        if type(module) not in (nn.Linear, nn.Embedding):
-            raise CheckpointError(
-                f"{name} must be an nn.Linear or nn.Embedding (no subclass) to hold 1-bit weights, "
-                f"got {type(module).__name__}"
-            )
-        layer = source.layer(path, module.weight.shape[1])
+        layer = source.layer(path, shapes[name][-1])
         if not layer.one_bit:
             raise CheckpointError(
                 f"layers must be of 1 bit, got {name}: {layer}; "
                 "torch_onebit.load_checkpoint(path, other_bits='dequantize') makes them dense"
             )
-        if (layer.rows, layer.columns) != tuple(module.weight.shape):
+        if layer.shape != shapes[name]:
             raise CheckpointError(
-                f"{name} must have shape {list(module.weight.shape)} as in the model, "
-                f"got {[layer.rows, layer.columns]}"
+                f"{name} must have shape {list(shapes[name])} as in the model, "
+                f"got {list(layer.shape)}"
             )
         dtype = DTYPES[source.dtype(f"{path}.scales")]
-        yield name, {"group_size": layer.group_size, "dtype": dtype}
+        wanted[name] = {"group_size": layer.group_size, "dtype": dtype}
+    for path, names in experts.items():
+        options = {name.rpartition(".")[2]: wanted.pop(name, None) for name in names}
+        lacking = [name for name in options if options[name] is None]
+        if len(lacking) < len(options):
+            if lacking:
+                raise CheckpointError(
+                    f"{path} must have all of its matrices packed, but not {lacking[0]}"
+                )
+            wanted[path] = options
+    return wanted
 
 
-def _renaming(model: nn.Module) -> Callable[[str], str]:
+def _renaming(
+    model: nn.Module, quantizer: OneBitQuantizer, shapes: dict[str, tuple[int, ...]]
+) -> Callable[[str], str]:
     """What the model calls a layer of a file: transformers keeps old names in files, and the file
     may be of a model with a head, or without."""
-    state = model.state_dict()
-    mapping = get_model_conversion_mapping(model)
+    state = {**model.state_dict(), **{f"{path}.weight": path for path in shapes}}
+    mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
 
     def rename(path: str) -> str:
@@ -265,6 +325,9 @@ def _renaming(model: nn.Module) -> Callable[[str], str]:
 
 
 def _fits(layer: nn.Module, group_size: int) -> bool:
+    if is_experts(layer):
+        shapes = projection_shapes(layer).values()
+        return experts_obstacle(layer) is None and not any(s[-1] % group_size for s in shapes)
     return (
         type(layer) in (nn.Linear, nn.Embedding)
         and layer.weight.shape[1] % group_size == 0
@@ -273,9 +336,9 @@ def _fits(layer: nn.Module, group_size: int) -> bool:
     )
 
 
-def _empty(path: str, layer: nn.Module, options: dict[str, Any]) -> OneBitModule:
+def _empty(path: str, layer: nn.Module, options: dict[str, Any]) -> nn.Module:
     """The 1-bit layer in the place of a float one, without weights."""
-    new: OneBitModule
+    new: nn.Module
     if isinstance(layer, nn.Embedding):
         sizes = (layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
         dtype = layer.weight.dtype  # the model's: levels may have another
@@ -284,6 +347,9 @@ def _empty(path: str, layer: nn.Module, options: dict[str, Any]) -> OneBitModule
         sizes = (layer.in_features, layer.out_features, False)
         new = OneBitLinear(*sizes, device="meta", **options)
         new.bias = layer.bias
+    elif is_experts(layer):
+        each = {name: options.get(name, options) for name in projection_shapes(layer)}
+        new = OneBitExperts.empty(layer, each)
     else:
         raise CheckpointError(f"{path} must be an nn.Linear or nn.Embedding, got {type(layer)}")
     return new.train(layer.training)
