@@ -1,6 +1,7 @@
 """1-bit models of transformers: loaded, quantized on load, saved, trained; many architectures."""
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 from torch_onebit import (
     OneBitEmbedding,
     OneBitLinear,
+    dequantize_,
     load_checkpoint,
     quantize_,
     save_checkpoint,
@@ -26,6 +28,7 @@ from torch_onebit.transformers import OneBitConfig, attach_quantizer_  # noqa: E
 AutoModelForCausalLM = transformers.AutoModelForCausalLM
 GOLDEN = Path(__file__).parent / "data" / "mlx_checkpoint"
 IDS = torch.arange(6)[None]
+MOE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64}
 
 
 def build(kind: str = "qwen2", tied: bool = False, **sizes) -> nn.Module:
@@ -113,6 +116,59 @@ def test_a_folder_of_save_checkpoint_loads_with_group_sizes_of_its_own(tmp_path)
     assert_same(model, load(tmp_path))
 
 
+MIXED = [
+    # model_type, tied, layers of 8 bits, why
+    ("qwen2", True, ["embed_tokens"], "a tied embedding"),
+    ("qwen2", False, ["o_proj", "lm_head"], "layers and the head"),
+    ("qwen3_moe", False, ["mlp.gate"], "what mlx-lm makes of a router, which is no nn.Linear"),
+    ("qwen3_moe", False, ["0.mlp.switch_mlp.up_proj"], "one of the matrices of experts"),
+]
+
+
+@pytest.mark.parametrize("kind, tied, names, why", MIXED, ids=[m[3] for m in MIXED])
+def test_layers_of_other_bits_in_an_mlx_folder(kind, tied, names, why, tmp_path):
+    pytest.importorskip("mlx_lm")
+    import mlx.core as mx
+    import mlx.nn
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import load_model
+
+    sizes = {**MOE, "num_experts": 4, "decoder_sparse_step": 1} if kind == "qwen3_moe" else {}
+    model = attach_quantizer_(quantize_(build(kind, tied, head_dim=32, **sizes), group_size=64))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    block = config["quantization"]
+    dense = tmp_path / "dense"
+    model.dequantize().save_pretrained(dense)
+    del config["quantization"], config["quantization_config"]
+    (dense / "config.json").write_text(json.dumps(config))
+    theirs, _ = load_model(dense)
+
+    def form(path, module):
+        if not hasattr(module, "to_quantized"):
+            return False
+        if any(path.endswith(name) for name in names):
+            block[path] = {"group_size": 32, "bits": 8}
+            return block[path]
+        return not path.endswith("mlp.gate") and {"group_size": 64, "bits": 1}
+
+    mlx.nn.quantize(theirs, class_predicate=form)
+    mx.save_safetensors(
+        str(tmp_path / "model.safetensors"), dict(tree_flatten(theirs.parameters()))
+    )
+    config |= {"quantization": block, "quantization_config": block}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    logits = torch.from_numpy(np.array(theirs(mx.array(IDS.numpy()))))
+    with pytest.raises(CheckpointError, match=r"got .*: 8 bits .*other_bits='dequantize'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    option = OneBitConfig(other_bits="dequantize")
+    model = load(tmp_path, quantization_config=option)
+    torch.testing.assert_close(model(IDS).logits, logits, rtol=0, atol=1e-4)
+    assert_same(model, load_checkpoint(tmp_path, other_bits="dequantize"))
+    model.save_pretrained(tmp_path / "again")
+    assert_same(model, load(tmp_path / "again"))
+
+
 def test_modules_to_not_convert_and_the_default(tmp_path):
     build(tied=True).save_pretrained(tmp_path)
     model = load(tmp_path, quantization_config=OneBitConfig(group_size=64))
@@ -178,12 +234,27 @@ def test_a_base_model_loads_from_the_folder_of_a_causal_one(tmp_path):
         ({"bits": 2}, "bits must be 1 and mode affine, got 2"),
         ({"mode": "mxfp4"}, "bits must be 1 and mode affine, got 1 and 'mxfp4'"),
         ({"method": "calibrated"}, "method must be one of"),
+        ({"other_bits": "no"}, "other_bits must be one of error, dequantize, got 'no'"),
         ({"method": "mean", "symmetric": True}, "method must be one of .* for symmetric weights"),
     ],
 )
 def test_config_names_what_is_wrong(options, message):
     with pytest.raises(ValueError, match=message):
         OneBitConfig(**options)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_dequantize_makes_a_model_that_is_saved_as_a_float_one(tied, tmp_path):
+    model = attach_quantizer_(quantize_(build(tied=tied), group_size=32))
+    logits = model(IDS).logits
+    with pytest.raises(CheckpointError, match=r"1-bit layers, got none: model.dequantize\(\)"):
+        dequantize_(copy.deepcopy(model)).save_pretrained(tmp_path)
+    model.dequantize().save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert not hasattr(again.config, "quantization")
+    assert type(again.lm_head) is nn.Linear
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    torch.testing.assert_close(again(IDS).logits, logits, rtol=0, atol=1e-5)
 
 
 def test_attach_names_what_is_wrong():
@@ -220,7 +291,6 @@ WHISPER = {
     "decoder_start_token_id": 1,
 }
 SPEECH = {"input_features": torch.zeros(1, 8, 16), "decoder_input_ids": IDS}
-MOE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 80}
 
 # model_type, class of Auto, sizes, inputs, layers not to convert, 1-bit layers, what holds matrices

@@ -64,7 +64,7 @@ def load_checkpoint(
         ImportError: the package safetensors, or transformers where it must build the model, is not
             installed.
     """
-    _check_other_bits(other_bits)
+    check_other_bits(other_bits)
     source = MLXCheckpoint(path)
     options = {"other_bits": other_bits, "strict": strict, "device": device, "progress": progress}
     return load_source(source, model, dtype=dtype, symmetrize=symmetrize, **options)
@@ -252,16 +252,17 @@ def _plan(model: nn.Module, source: Source, other_bits: str, strict: bool) -> _P
         if module is None:
             unexpected.append(path)
             continue
-        layer = source.layer(path, _columns(path, module))
+        shape = _matrix_shape(path, module)
+        layer = source.layer(path, shape[-1])
         if f"{path}.weight" in filled:  # a tied layer that the file holds twice
             _check_same(source, plan.layers, names_of[f"{path}.weight"], path)
             continue
-        _check_shape(path, layer.shape, (_rows(module), _columns(path, module)))
+        _check_shape(path, layer.shape, shape)
         if not layer.one_bit:
             other.append(f"{path}: {layer}")
         aliases = [n.rpartition(".")[0] for n in names_of[f"{path}.weight"]]
         for alias in aliases:
-            _columns(alias, modules[alias])  # is a layer too
+            _check_kind(alias, modules[alias], layer)
             filled |= {f"{alias}.{entry}" for entry in ("weight", "scales", "biases")}
         plan.layers[path] = _LayerTarget(layer, [_place(modules, alias) for alias in aliases])
     if other and other_bits == "error":
@@ -363,17 +364,27 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _rows(module: nn.Module) -> int:
-    return module.weight.shape[0]
+def _matrix_shape(path: str, module: nn.Module) -> tuple[int, ...]:
+    """The shape of a module's weight, packed or not."""
+    if isinstance(module, OneBitModule):
+        return module.weight.shape[0], getattr(module, module.columns_name)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise _wrong_kind(path, module)
+    return tuple(weight.shape)
 
 
-def _columns(path: str, module: nn.Module) -> int:
-    """k of a layer that can hold packed weights."""
-    if type(module) in (nn.Linear, OneBitLinear):
-        return module.in_features
-    if type(module) in (nn.Embedding, OneBitEmbedding):
-        return module.embedding_dim
-    raise CheckpointError(
+def _check_kind(path: str, module: nn.Module, layer: Layer) -> None:
+    """Whether a module can hold what the file has for it."""
+    if not layer.one_bit:
+        if isinstance(module, OneBitModule):
+            raise CheckpointError(f"{path} must be of 1 bit as in the model, got {layer}")
+    elif type(module) not in (nn.Linear, nn.Embedding, OneBitLinear, OneBitEmbedding):
+        raise _wrong_kind(path, module)
+
+
+def _wrong_kind(path: str, module: nn.Module) -> CheckpointError:
+    return CheckpointError(
         f"{path} must be an nn.Linear or nn.Embedding (no subclass) to hold 1-bit weights, "
         f"got {type(module).__name__}"
     )
@@ -393,7 +404,7 @@ def _check_depth(source: Source) -> None:
         raise CheckpointError(f"num_hidden_layers must be at most {most} here, got {depth!r}")
 
 
-def _check_other_bits(other_bits: str) -> None:
+def check_other_bits(other_bits: str) -> None:
     if other_bits not in OTHER_BITS:
         raise ValueError(f"other_bits must be one of {', '.join(OTHER_BITS)}, got {other_bits!r}")
 

@@ -119,18 +119,7 @@ class MLXCheckpoint:
     def dequantized(self, path: str, layer: Layer) -> Tensor:
         if layer.mode != "affine" or layer.bits not in AFFINE_BITS:
             raise CheckpointError(f"{path} must be affine of {AFFINE_BITS} bits, got {layer}")
-        stored = (self.tensor(f"{path}.{entry}") for entry in ENTRIES)
-        words, scales, biases = (t.flatten(0, -2) for t in stored)
-        decoded = torch.empty(len(words), layer.columns, dtype=scales.dtype)
-        powers = 2 ** torch.arange(layer.bits, dtype=torch.uint8)
-        for start in range(0, len(words), 256):  # bits of some rows, a byte each
-            some = slice(start, start + 256)
-            bits = unpack_bits(words[some]).unflatten(-1, (layer.columns, layer.bits))
-            codes = (bits * powers).sum(-1, dtype=torch.uint8).to(scales.dtype)
-            grouped = codes.unflatten(-1, (-1, layer.group_size))
-            values = grouped * scales[some, :, None] + biases[some, :, None]
-            decoded[some] = values.flatten(-2)
-        return decoded.view(layer.shape)
+        return decode_affine([self.tensor(f"{path}.{entry}") for entry in ENTRIES], layer)
 
     def has(self, name: str) -> bool:
         return name in self._files
@@ -145,6 +134,27 @@ class MLXCheckpoint:
         tensor = self._files[name].get_tensor(name)
         # A header of any length, or an odd count of 16-bit values, may put it anywhere.
         return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
+
+
+def decode_affine(stored: list[Tensor], layer: Layer) -> Tensor:
+    """Words, scales and biases of any number of bits as the weights they stand for.
+
+    Raises:
+        CheckpointError: a layer of another mode, or of bits that MLX does not have.
+    """
+    if layer.mode != "affine" or layer.bits not in AFFINE_BITS:
+        raise CheckpointError(f"layers must be affine of {AFFINE_BITS} bits, got {layer}")
+    words, scales, biases = (t.flatten(0, -2) for t in stored)
+    decoded = torch.empty(len(words), layer.columns, dtype=scales.dtype)
+    powers = 2 ** torch.arange(layer.bits, dtype=torch.uint8)
+    for start in range(0, len(words), 256):  # bits of some rows, a byte each
+        some = slice(start, start + 256)
+        bits = unpack_bits(words[some]).unflatten(-1, (layer.columns, layer.bits))
+        codes = (bits * powers).sum(-1, dtype=torch.uint8).to(scales.dtype)
+        grouped = codes.unflatten(-1, (-1, layer.group_size))
+        values = grouped * scales[some, :, None] + biases[some, :, None]
+        decoded[some] = values.flatten(-2)
+    return decoded.view(layer.shape)
 
 
 def save_mlx(

@@ -5,6 +5,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from torch_onebit.checks import check_group_size
+from torch_onebit.loading import check_other_bits
 from torch_onebit.methods import check_method
 
 
@@ -17,6 +18,8 @@ class OneBitConfig(QuantizationConfigMixin):
         modules_to_not_convert: layers to leave, by name, beginning, end or pattern; None leaves the
             head, and the embedding where they are tied, as transformers' other quantizers do; an
             empty list leaves none.
+        other_bits: layers of other than 1 bit in an MLX folder: "error" names them, "dequantize"
+            makes them dense; give it to ``from_pretrained``.
         bits, mode: 1 and "affine", as MLX has them.
         layers: what a checkpoint says of single layers; it is read from the tensors themselves.
     Raises:
@@ -29,12 +32,14 @@ class OneBitConfig(QuantizationConfigMixin):
         method: str = "optimal",
         symmetric: bool = False,
         modules_to_not_convert: list[str] | None = None,
+        other_bits: str = "error",
         bits: int = 1,
         mode: str = "affine",
         **layers: Any,
     ) -> None:
         check_group_size(group_size)
         check_method(method, symmetric, data=False)
+        check_other_bits(other_bits)
         if bits != 1 or mode != "affine":
             raise ValueError(f"bits must be 1 and mode affine, got {bits!r} and {mode!r}")
         self.quant_method = "onebit"
@@ -42,8 +47,13 @@ class OneBitConfig(QuantizationConfigMixin):
         self.method = method
         self.symmetric = symmetric
         self.modules_to_not_convert = modules_to_not_convert
+        self.other_bits = other_bits
         self.bits = bits
         self.mode = mode
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What ``from_pretrained`` takes from here where the folder has a config of its own."""
+        return {"other_bits": self.other_bits}
 
 
 def of_mlx(described: Any) -> Any:

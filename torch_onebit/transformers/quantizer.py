@@ -2,34 +2,28 @@
 
 import re
 import weakref
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    ConversionOps,
-    WeightRenaming,
-    WeightTransform,
-    rename_source_key,
-)
+from transformers.core_model_loading import ConversionOps, WeightTransform
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from torch_onebit.checkpoint import CheckpointError, MLXCheckpoint
+from torch_onebit.checkpoint import CheckpointError
 from torch_onebit.checkpoint.mlx import description
 from torch_onebit.checks import LEVEL_DTYPES, check_model
 from torch_onebit.float_layers import experts_obstacle, is_experts, projection_shapes
 from torch_onebit.methods import quantize_weight
 from torch_onebit.nn import OneBitEmbedding, OneBitExperts, OneBitLinear, OneBitModule, tie
+from torch_onebit.quantizing import dequantize_
 from torch_onebit.saving import mlx_names, packed_layers
 from torch_onebit.symmetric import symmetrize_
 from torch_onebit.transformers.config import OneBitConfig
+from torch_onebit.transformers.stored import DecodeAffine, StoredLayers, read_layers
 
 ENTRIES = ("weight", "scales", "biases")
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 class OneBitQuantizer(HfQuantizer):
@@ -41,7 +35,7 @@ class OneBitQuantizer(HfQuantizer):
         super().__init__(quantization_config, **options)
         self._ties: dict[str, str] = {}  # paths of layers: the tied one, the one that has weights
         self._experts: set[str] = set()  # paths of those to quantize on load
-        self._names: list[WeightRenaming] = []  # that MLX's files have and others do not
+        self._stored: StoredLayers | None = None
         self._model: weakref.ref[nn.Module] | None = None
 
     # --- before loading ---
@@ -50,7 +44,9 @@ class OneBitQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **options: Any
     ) -> nn.Module:
         if self.pre_quantized:
-            wanted = _stored_layers(model, self, checkpoint_files)
+            config = self.quantization_config
+            self._stored = stored = read_layers(model, checkpoint_files, config.other_bits)
+            wanted = stored.packed
         else:
             wanted = {path: self._options(layer) for path, layer in self._chosen(model)}
             self._experts = {path for path in wanted if is_experts(model.get_submodule(path))}
@@ -103,16 +99,17 @@ class OneBitQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: nn.Module
     ) -> list[WeightTransform]:
-        if not self.pre_quantized:
+        if self._stored is None:
             return weight_conversions
-        self._names = [WeightRenaming(r"\.switch_mlp\.", ".experts.")]
-        return [*weight_conversions, *self._names]
+        return [*weight_conversions, *self._stored.conversions]
 
     def get_new_dtype(
         self, converter: Any, param: Any, dtype: torch.dtype | None
     ) -> torch.dtype | None:
-        """Levels keep the dtype of the file."""
+        """Levels keep the dtype of the file, and what is to be decoded too."""
         if converter.target_patterns[0].rpartition(".")[2] in ("scales", "biases"):
+            return None
+        if any(isinstance(op, DecodeAffine) for op in getattr(converter, "operations", ())):
             return None
         return super().get_new_dtype(converter, param, dtype)
 
@@ -129,9 +126,10 @@ class OneBitQuantizer(HfQuantizer):
             tie(model.get_submodule(source), model.get_submodule(target))
         if self.pre_quantized and self.quantization_config.symmetric:
             symmetrize_(model)
-        kept = getattr(model, "_weight_conversions", None)
-        if kept:  # to be reverted when the model is saved, under MLX's names as it is
-            model._weight_conversions = [c for c in kept if c not in self._names]
+        if self._stored is not None:  # others are reverted when the model is saved
+            ours = self._stored.conversions
+            kept = [c for c in model._weight_conversions if c not in ours]
+            model._weight_conversions = kept
         self.pre_quantized = True  # what is saved from now on
         self._model = weakref.ref(model)
         return model
@@ -159,6 +157,11 @@ class OneBitQuantizer(HfQuantizer):
 
     def _describe(self, model: nn.Module) -> None:
         layers = {path: packed.group_size for path, packed in packed_layers(model)}
+        if not layers:
+            raise CheckpointError(
+                "model must have 1-bit layers, got none: model.dequantize() makes it a float one "
+                "for transformers too"
+            )
         modules = [m for m in model.modules() if isinstance(m, OneBitModule)]
         block = description(layers)["quantization"]
         self.quantization_config.group_size = block["group_size"]
@@ -166,6 +169,19 @@ class OneBitQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config
         model.config.quantization = block  # where mlx-lm looks first
         vars(model.config).update(mlx_names(model.config))
+
+    def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
+        """What ``model.dequantize()`` does: float layers again, saved as those of any model."""
+        dequantize_(model)
+        if dtype is not None:  # a name in a config that was saved
+            model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        for target, source in self._ties.items():
+            for entry in ENTRIES:
+                model._tied_weights_keys.pop(f"{target}.{entry}")
+            model._tied_weights_keys[f"{target}.weight"] = f"{source}.weight"
+            model.all_tied_weights_keys[f"{target}.weight"] = f"{source}.weight"
+        vars(model.config).pop("quantization", None)
+        return model
 
     @property
     def is_trainable(self) -> bool:
@@ -246,82 +262,6 @@ def attach_quantizer_(model: nn.Module) -> nn.Module:
     model.quantization_method = "onebit"
     model.config._is_quantized = True
     return model
-
-
-def _stored_layers(
-    model: nn.Module, quantizer: OneBitQuantizer, checkpoint_files: list[str] | None
-) -> dict[str, dict[str, Any]]:
-    """Layers that the checkpoint has packed, and how; for experts, how each matrix is."""
-    if not checkpoint_files:
-        raise CheckpointError("a 1-bit model must be loaded from files of safetensors, got none")
-    source = MLXCheckpoint(Path(checkpoint_files[0]).parent)
-    shapes = {
-        path: tuple(module.weight.shape)
-        for path, module in model.named_modules()
-        if type(module) in (nn.Linear, nn.Embedding)
-    }
-    experts: dict[str, list[str]] = {}
-    for path, module in model.named_modules():
-        if is_experts(module) and experts_obstacle(module) is None:
-            own = {f"{path}.{name}": shape for name, shape in projection_shapes(module).items()}
-            experts[path] = list(own)
-            shapes |= own
-    wanted: dict[str, dict[str, Any]] = {}
-    rename = _renaming(model, quantizer, shapes)
-    modules = dict(model.named_modules())
-    for path in source.paths:
-        name = rename(path)
-        if name not in shapes:
-            if name in modules:
-                raise CheckpointError(
-                    f"{name} must be an nn.Linear or nn.Embedding (no subclass) to hold 1-bit "
-                    f"weights, got {type(modules[name]).__name__}"
-                )
-            continue  # transformers reports what the model lacks
-        layer = source.layer(path, shapes[name][-1])
-        if not layer.one_bit:
-            raise CheckpointError(
-                f"layers must be of 1 bit, got {name}: {layer}; "
-                "torch_onebit.load_checkpoint(path, other_bits='dequantize') makes them dense"
-            )
-        if layer.shape != shapes[name]:
-            raise CheckpointError(
-                f"{name} must have shape {list(shapes[name])} as in the model, "
-                f"got {list(layer.shape)}"
-            )
-        dtype = DTYPES[source.dtype(f"{path}.scales")]
-        wanted[name] = {"group_size": layer.group_size, "dtype": dtype}
-    for path, names in experts.items():
-        options = {name.rpartition(".")[2]: wanted.pop(name, None) for name in names}
-        lacking = [name for name in options if options[name] is None]
-        if len(lacking) < len(options):
-            if lacking:
-                raise CheckpointError(
-                    f"{path} must have all of its matrices packed, but not {lacking[0]}"
-                )
-            wanted[path] = options
-    return wanted
-
-
-def _renaming(
-    model: nn.Module, quantizer: OneBitQuantizer, shapes: dict[str, tuple[int, ...]]
-) -> Callable[[str], str]:
-    """What the model calls a layer of a file: transformers keeps old names in files, and the file
-    may be of a model with a head, or without."""
-    state = {**model.state_dict(), **{f"{path}.weight": path for path in shapes}}
-    mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-
-    def rename(path: str) -> str:
-        for some in (renamings, []):
-            key, _ = rename_source_key(
-                f"{path}.weight", some, [], model.base_model_prefix, meta_state_dict=state
-            )
-            if key in state:
-                break
-        return key.removesuffix(".weight")
-
-    return rename
 
 
 def _fits(layer: nn.Module, group_size: int) -> bool:

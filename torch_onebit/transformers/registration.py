@@ -13,6 +13,7 @@ def register() -> None:
         return
     register_quantization_config("onebit")(OneBitConfig)
     register_quantizer("onebit")(OneBitQuantizer)
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (OneBitConfig,)  # a list without a hook
     _know_mlx()
 
 
