@@ -35,7 +35,7 @@ check-cuda:
 # The CPU kernels alone, without torch: every table of this machine against the scalar one, buffers
 # ending at pages that may not be touched. The same under the sanitizers, and for 64-bit ARM in an
 # emulator (Debian: g++-aarch64-linux-gnu qemu-user).
-KERNELS := $(wildcard csrc/cpu/kernels*.cpp csrc/cpu/levels_*.cpp) csrc/cpu/level_kernels.cpp \
+KERNELS := $(wildcard csrc/cpu/kernels*.cpp csrc/cpu/levels_*.cpp) \
   csrc/cpu/scratch.cpp $(wildcard tests/cpp/*.cpp)
 KERNEL_FLAGS := -std=c++17 -Wall -Wextra -pthread
 # AVX-512 is emulated where the machine has none: its tables are sanitised everywhere. Without

@@ -8,12 +8,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ("csrc/cpu/kernels*", "csrc/cpu/levels*", "csrc/cpu/*-inl.h", "csrc/cpu/scratch*")
-BACKENDS = [p.name for p in sorted((ROOT / "csrc").iterdir()) if p.is_dir() and p.name != "ops"]
+BACKENDS = [
+    p.name
+    for p in sorted((ROOT / "csrc").iterdir())
+    if p.is_dir() and p.name not in ("ops", "bench")
+]
 
 # a room of the C++ house: the rooms besides itself whose headers it may include
 ROOMS = {
     "csrc/format.h": [],  # shaders read it too
     "metal": ["csrc/format.h"],
+    "csrc/bench": [],
     "csrc/ops": ["csrc/format.h"],
     "csrc/ops/codec": ["csrc/ops"],
     "csrc/ops/product": ["csrc/ops"],
@@ -119,6 +124,8 @@ def places_of_operators() -> dict[str, set[str]]:
     forms = re.findall(r'm\.impl\("(\w+)"', (ROOT / "csrc/ops/product/operands.h").read_text())
     for path in sorted((ROOT / "csrc").rglob("*.cpp")):
         text = path.read_text()
+        if "TORCH_LIBRARY(onebit_bench" in text:
+            continue
         names = re.findall(r'm\.(?:impl\(|def\(\s*)"(\w+)', text)
         for name in names + (forms if "ProductForms<" in text else []):
             places.setdefault(name, set()).add(path.parent.relative_to(ROOT / "csrc").as_posix())
@@ -132,6 +139,16 @@ def test_an_operator_touches_one_folder_of_the_front_and_one_of_each_backend():
     for name, folders in places.items():
         front = folders - set(BACKENDS)
         assert len(front) == 1 or (not front and len(folders) == 1), f"{name}: {folders}"
+
+
+def test_operators_of_benchmarks_have_a_namespace_of_their_own():
+    production = places_of_operators()
+    used_by = {"bench": set(), "others": set()}
+    for path in sorted((ROOT / "torch_onebit").rglob("*.py")):
+        user = "bench" if "bench" in path.parts else "others"
+        used_by[user] |= set(re.findall(r"torch\.ops\.onebit_bench\.(\w+)", path.read_text()))
+    assert used_by["bench"] == {"read_memory", "multiply_adds"} and not used_by["others"]
+    assert not used_by["bench"] & production.keys()
 
 
 def test_the_table_of_what_a_change_touches_names_what_there_is():

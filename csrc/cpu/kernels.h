@@ -59,6 +59,8 @@ struct Block {
   int64_t n_begin, n_end;
 };
 
+struct LevelKernels;
+
 // Every function works on the calling thread and computes an output element in an order of
 // operations that depends on neither the block nor the thread it came with, as long as blocks start
 // at multiples of the tile sizes below.
@@ -85,10 +87,7 @@ struct Kernels {
   // out[(g - begin), group_size] for groups g in [begin, end) of w, rounded as w.dtype rounds.
   void (*dequantize)(const Weights& w, void* out, int64_t begin, int64_t end);
 
-  // For benchmarks: read `count` floats, do `steps` vectors of multiply-adds. The results only keep
-  // the compiler from leaving the work out.
-  float (*read_floats)(const float* p, int64_t count);
-  float (*multiply_adds)(int64_t steps, int64_t* count);
+  const LevelKernels* levels;  // levels.h
 
   // The weights in the form of prepacked.h, tiles [begin, end) of rows; the product
   // (transpose=True) with it, where `w` has its sizes. Null where an instruction set has no such

@@ -36,8 +36,9 @@ bool supported() {
 
 }  // namespace
 
+extern const LevelKernels kAvx2LevelKernels;  // levels_avx2.cpp
 extern const Kernels kAvx2Kernels;
-const Kernels kAvx2Kernels = Table<Shapes>::make("avx2", supported);
+const Kernels kAvx2Kernels = Table<Shapes>::make("avx2", supported, &kAvx2LevelKernels);
 
 }  // namespace onebit::cpu
 

@@ -24,6 +24,9 @@ ONEBIT_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #include "table-inl.h"
 
 namespace onebit::cpu {
+
+extern const LevelKernels kAvx512LevelKernels;  // levels_avx512.cpp
+
 namespace {
 
 struct Shapes {
@@ -51,7 +54,7 @@ void qmm_prepacked(const QmmArgs& a, const char* prepacked, const Block& block) 
 }
 
 constexpr Kernels make_kernels(bool (*supported)()) {
-  Kernels k = Table<Shapes>::make("avx512", supported);
+  Kernels k = Table<Shapes>::make("avx512", supported, &kAvx512LevelKernels);
   k.prepack = prepack;
   k.qmm_prepacked = qmm_prepacked;
   return k;

@@ -7,6 +7,7 @@
 
 #include "float_types.h"
 #include "kernels.h"
+#include "levels.h"
 #include "neon-inl.h"
 #include "scratch.h"
 #include "table-inl.h"
@@ -30,7 +31,7 @@ bool supported() { return true; }
 }  // namespace
 
 extern const Kernels kNeonKernels;
-const Kernels kNeonKernels = Table<Shapes>::make("neon", supported);
+const Kernels kNeonKernels = Table<Shapes>::make("neon", supported, &kGenericLevelKernels);
 
 }  // namespace onebit::cpu
 

@@ -7,6 +7,7 @@
 
 #include "float_types.h"
 #include "kernels.h"
+#include "levels.h"
 
 namespace onebit::cpu {
 namespace {
@@ -240,19 +241,6 @@ void dequantize_any(const Weights& w, void* out, int64_t begin, int64_t end) {
   });
 }
 
-float read_floats(const float* p, int64_t count) {
-  float largest = 0;
-  for (int64_t i = 0; i < count; ++i) largest = p[i] > largest ? p[i] : largest;
-  return largest;
-}
-
-float multiply_adds(int64_t steps, int64_t* count) {
-  float v = 1;
-  for (int64_t i = 0; i < steps; ++i) v = std::fma(v, 0.999f, 0.001f);
-  *count = steps;
-  return v;
-}
-
 }  // namespace
 
 extern const Kernels kScalarKernels = {
@@ -266,8 +254,7 @@ extern const Kernels kScalarKernels = {
     affine_grad_n_any,
     quantize_any,
     dequantize_any,
-    read_floats,
-    multiply_adds,
+    &kGenericLevelKernels,
 };
 
 }  // namespace onebit::cpu

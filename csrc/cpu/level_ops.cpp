@@ -47,8 +47,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize_levels_cpu(const Tensor& w,
   }
   const QuantizeLevelsOut out{static_cast<uint32_t*>(packed.mutable_data_ptr()),
                               scales.mutable_data_ptr(), biases.mutable_data_ptr()};
-  for_groups(scales.numel(), group_size,
-             [&](int64_t begin, int64_t end) { level_kernels().quantize(args, out, begin, end); });
+  for_groups(scales.numel(), group_size, [&](int64_t begin, int64_t end) {
+    kernels().levels->quantize(args, out, begin, end);
+  });
   return {packed, scales, biases};
 }
 
@@ -62,7 +63,7 @@ Tensor fake_quantize_cpu(const Tensor& w,
   const auto values = w.contiguous();
   const auto args = levels_args(values, rule, group_size);
   for_groups(w.numel() / group_size, group_size, [&](int64_t begin, int64_t end) {
-    level_kernels().fake_quantize(args, out.mutable_data_ptr(), dtype_of(out), begin, end);
+    kernels().levels->fake_quantize(args, out.mutable_data_ptr(), dtype_of(out), begin, end);
   });
   return out;
 }
@@ -77,8 +78,8 @@ Tensor fake_quantize_backward_cpu(const Tensor& grad,
   const auto values = w.contiguous(), grads = grad.contiguous();
   const auto args = levels_args(values, rule, group_size);
   for_groups(w.numel() / group_size, group_size, [&](int64_t begin, int64_t end) {
-    level_kernels().fake_quantize_backward(args, grads.const_data_ptr(), dtype_of(grads),
-                                           grad_w.mutable_data_ptr(), begin, end);
+    kernels().levels->fake_quantize_backward(args, grads.const_data_ptr(), dtype_of(grads),
+                                             grad_w.mutable_data_ptr(), begin, end);
   });
   return grad_w;
 }
@@ -106,8 +107,8 @@ Tensor fake_quantize_affine_cpu(const Tensor& w,
   auto out = at::empty(w.sizes(), w.options().dtype(dtype.value_or(w.scalar_type())));
   const AffineTensors tensors(w, scales, biases);
   for_groups(scales.numel(), group_size, [&](int64_t begin, int64_t end) {
-    level_kernels().fake_quantize_affine(tensors.args(group_size), out.mutable_data_ptr(),
-                                         dtype_of(out), begin, end);
+    kernels().levels->fake_quantize_affine(tensors.args(group_size), out.mutable_data_ptr(),
+                                           dtype_of(out), begin, end);
   });
   return out;
 }
@@ -124,9 +125,9 @@ std::tuple<Tensor, Tensor> fake_quantize_affine_backward_cpu(const Tensor& grad,
   const AffineTensors tensors(w, scales, biases);
   const auto grads = grad.contiguous();
   for_groups(scales.numel(), group_size, [&](int64_t begin, int64_t end) {
-    level_kernels().fake_quantize_affine_backward(tensors.args(group_size), grads.const_data_ptr(),
-                                                  dtype_of(grads), grad_scales.mutable_data_ptr(),
-                                                  grad_biases.mutable_data_ptr(), begin, end);
+    kernels().levels->fake_quantize_affine_backward(
+        tensors.args(group_size), grads.const_data_ptr(), dtype_of(grads),
+        grad_scales.mutable_data_ptr(), grad_biases.mutable_data_ptr(), begin, end);
   });
   return {grad_scales, grad_biases};
 }

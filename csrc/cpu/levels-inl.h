@@ -356,12 +356,9 @@ void fake_quantize_affine_backward_as(const AffineArgs& args,
                                         : function<float>(args, rest...); \
   }
 
-constexpr LevelKernels make_level_kernels(const char* name) {
-  return {name,
-          ONEBIT_BY_DTYPE(quantize_as),
-          ONEBIT_BY_DTYPE(fake_quantize_as),
-          ONEBIT_BY_DTYPE(fake_quantize_backward_as),
-          ONEBIT_BY_DTYPE(fake_quantize_affine_as),
+constexpr LevelKernels make_level_kernels() {
+  return {ONEBIT_BY_DTYPE(quantize_as), ONEBIT_BY_DTYPE(fake_quantize_as),
+          ONEBIT_BY_DTYPE(fake_quantize_backward_as), ONEBIT_BY_DTYPE(fake_quantize_affine_as),
           ONEBIT_BY_DTYPE(fake_quantize_affine_backward_as)};
 }
 

@@ -1,5 +1,5 @@
 // Choosing two levels for a group of real-valued weights, and training through that choice.
-// A second kernel table beside kernels.h, torch-free for the same reasons.
+// The part of a kernel table that does this.
 //
 //   bit(v)   = (v - origin) > threshold
 //   w_hat(v) = bit(v) ? high : low                     scale = high - low, bias = low
@@ -47,8 +47,6 @@ struct AffineArgs {
 // Functions work on groups [begin, end) on the calling thread; a group's result depends on nothing
 // else.
 struct LevelKernels {
-  const char* name;
-
   void (*quantize)(const LevelsArgs&, const QuantizeLevelsOut&, int64_t begin, int64_t end);
   // out [groups, group_size] in out_dtype.
   void (*fake_quantize)(const LevelsArgs&, void* out, DType out_dtype, int64_t begin, int64_t end);
@@ -70,7 +68,7 @@ struct LevelKernels {
                                         int64_t end);
 };
 
-// The table for the instruction set of kernels(): one choice for the whole library.
-const LevelKernels& level_kernels();
+// For the machine every binary must run on: SSE2 on x86-64, NEON on arm64.
+extern const LevelKernels kGenericLevelKernels;
 
 }  // namespace onebit::cpu

@@ -17,7 +17,7 @@ constexpr int kVectorBytes = 32;
 
 }  // namespace
 
-extern const LevelKernels kAvx2LevelKernels = make_level_kernels("avx2");
+extern const LevelKernels kAvx2LevelKernels = make_level_kernels();
 
 }  // namespace onebit::cpu
 

@@ -17,7 +17,7 @@ constexpr int kVectorBytes = 64;
 
 }  // namespace
 
-extern const LevelKernels kAvx512LevelKernels = make_level_kernels("avx512");
+extern const LevelKernels kAvx512LevelKernels = make_level_kernels();
 
 }  // namespace onebit::cpu
 

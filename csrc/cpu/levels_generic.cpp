@@ -13,6 +13,6 @@ constexpr int kVectorBytes = 16;
 
 }  // namespace
 
-extern const LevelKernels kGenericLevelKernels = make_level_kernels("generic");
+const LevelKernels kGenericLevelKernels = make_level_kernels();
 
 }  // namespace onebit::cpu

@@ -4,7 +4,6 @@
 
 #include "affine_grad-inl.h"
 #include "codec-inl.h"
-#include "limits-inl.h"
 #include "qmm-inl.h"
 #include "qmm_n-inl.h"
 
@@ -97,7 +96,7 @@ struct Table {
     affine_grad(a, {a.x, a.dtype, a.k, nullptr}, {a.grad, a.dtype, a.n, nullptr}, begin, end);
   }
 
-  static constexpr Kernels make(const char* name, bool (*supported)()) {
+  static constexpr Kernels make(const char* name, bool (*supported)(), const LevelKernels* levels) {
     using V = typename S::Panel;
     Kernels k{};
     k.name = name;
@@ -110,8 +109,7 @@ struct Table {
     k.affine_grad_n = affine_grad_n;
     k.quantize = quantize<V>;
     k.dequantize = dequantize<V>;
-    k.read_floats = onebit::cpu::read_floats<V>;
-    k.multiply_adds = onebit::cpu::multiply_adds<V>;
+    k.levels = levels;
     return k;
   }
 };

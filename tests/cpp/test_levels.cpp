@@ -10,8 +10,6 @@
 
 namespace onebit::cpu {
 
-extern const LevelKernels kGenericLevelKernels;
-
 namespace {
 
 constexpr DType kF = DType::kFloat, kH = DType::kHalf, kB = DType::kBFloat16, kD = DType::kDouble;
@@ -135,18 +133,18 @@ void compare(const Results& got,
   close(got.grad_biases, want.grad_biases, c.out, c.groups, out, "grad_biases");
 }
 
-void test_rule(const LevelKernels& table, const Case& c, Rule rule) {
+void test_rule(const Kernels& table, const Case& c, Rule rule) {
   const std::string name = std::string(table.name) + " " + kRuleNames[int(rule)] + ": " + c.reason;
   const Problem p(c);
   Results got(c, p), want(c, p), split(c, p);
   want.make(kGenericLevelKernels, c, p, rule, 0, c.groups);
-  got.make(table, c, p, rule, 0, c.groups);
+  got.make(*table.levels, c, p, rule, 0, c.groups);
   compare(got, want, c, p, name);
 
   // The same bits from two threads that share the groups unevenly.
   const int64_t middle = c.groups / 3;
-  std::thread other([&] { split.make(table, c, p, rule, middle, c.groups); });
-  split.make(table, c, p, rule, 0, middle);
+  std::thread other([&] { split.make(*table.levels, c, p, rule, middle, c.groups); });
+  split.make(*table.levels, c, p, rule, 0, middle);
   other.join();
   const int64_t w = element_size(c.w), out = element_size(c.out);
   expect(same(got.packed, split.packed, p.count / 8) &&
@@ -161,13 +159,13 @@ void test_rule(const LevelKernels& table, const Case& c, Rule rule) {
 }
 
 // No rule has a smaller squared error than "optimal", in any group.
-void test_optimal(const LevelKernels& table, int group_size) {
+void test_optimal(const Kernels& table, int group_size) {
   const Case c{40, group_size, kD, kD, 0, ""};
   const Problem p(c);
   std::vector<double> best;
   for (const Rule rule : {Rule::kOptimal, Rule::kMinMax, Rule::kSign, Rule::kMean}) {
     Results r(c, p);
-    r.make(table, c, p, rule, 0, c.groups);
+    r.make(*table.levels, c, p, rule, 0, c.groups);
     for (int64_t g = 0; g < c.groups; ++g) {
       double loss = 0;
       for (int64_t i = g * group_size; i < (g + 1) * group_size; ++i) {
@@ -184,7 +182,7 @@ void test_optimal(const LevelKernels& table, int group_size) {
 
 // Zeros, infinities, NaN, subnormals, constants and ties: no access outside, nothing undefined.
 // Bits of a constant group decode to it.
-void test_special(const LevelKernels& table, DType dtype, int group_size) {
+void test_special(const Kernels& table, DType dtype, int group_size) {
   const Case c{40, group_size, dtype, dtype, 0, ""};
   const Problem p(c);
   for (int64_t g = 0; g < c.groups; ++g) {
@@ -200,7 +198,7 @@ void test_special(const LevelKernels& table, DType dtype, int group_size) {
   }
   for (const Rule rule : kRules) {
     Results r(c, p);
-    r.make(table, c, p, rule, 0, c.groups);
+    r.make(*table.levels, c, p, rule, 0, c.groups);
     if (rule == Rule::kSign) continue;  // a constant is not one of its levels
     for (int64_t g = 3; g < c.groups; g += 5) {
       for (int64_t i = g * group_size; i < (g + 1) * group_size; ++i) {
@@ -213,7 +211,7 @@ void test_special(const LevelKernels& table, DType dtype, int group_size) {
 
 }  // namespace
 
-void test_levels(const LevelKernels& table) {
+void test_levels(const Kernels& table) {
   for (const Case& c : kCases) {
     for (const Rule rule : kRules) test_rule(table, c, rule);
   }

@@ -6,6 +6,6 @@
 namespace onebit::cpu {
 
 // Counts what it finds in `failures`.
-void test_levels(const LevelKernels& table);
+void test_levels(const Kernels& table);
 
 }  // namespace onebit::cpu

@@ -11,11 +11,11 @@ FMA_STEPS = 1 << 21
 def measure_limits(rounds: int) -> dict[str, float]:
     """Bytes per second read from memory, float32 multiply-adds per second; all threads."""
     memory = torch.zeros(READ_BYTES // 4)
-    count = torch.ops.onebit.multiply_adds(FMA_STEPS)
+    count = torch.ops.onebit_bench.multiply_adds(FMA_STEPS)
     times = interleave(
         {
-            "read": lambda: torch.ops.onebit.read_memory(memory),
-            "fma": lambda: torch.ops.onebit.multiply_adds(FMA_STEPS),
+            "read": lambda: torch.ops.onebit_bench.read_memory(memory),
+            "fma": lambda: torch.ops.onebit_bench.multiply_adds(FMA_STEPS),
         },
         rounds,
     )

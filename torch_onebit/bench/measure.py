@@ -26,7 +26,7 @@ class Spin:
 
     def __call__(self) -> None:
         begin, cpu = time.perf_counter(), time.process_time()
-        torch.ops.onebit.multiply_adds(SPIN_STEPS)
+        torch.ops.onebit_bench.multiply_adds(SPIN_STEPS)
         seconds = time.perf_counter() - begin
         self.seconds.append(seconds)
         self.waited.append(seconds * torch.get_num_threads() / (time.process_time() - cpu))

@@ -87,7 +87,7 @@ def cold(n: int, k: int, group_size: int, rounds: int) -> list[Row]:
         if torch.ops.onebit.can_prepack():
             products[f"onebit {name} prepacked"] = [prepacked(x, w) for w in copies]
     calls = {name: lambda each=each: [call() for call in each] for name, each in products.items()}
-    calls["stream read"] = lambda: torch.ops.onebit.read_memory(memory)
+    calls["stream read"] = lambda: torch.ops.onebit_bench.read_memory(memory)
     times = interleave(calls, rounds)
     work = len(copies) * n * k
     read = times["stream read"].median
@@ -139,7 +139,7 @@ def threads(rounds: int) -> list[Row]:
     count = torch.get_num_threads()
 
     def peak() -> int:
-        return torch.ops.onebit.multiply_adds(FMA_STEPS)
+        return torch.ops.onebit_bench.multiply_adds(FMA_STEPS)
 
     macs = peak()
     work = {"float32 FMA peak": (peak, {1: macs // count, count: macs})}
@@ -166,7 +166,7 @@ def passes(rounds: int) -> list[Row]:
     packed, scales, biases = ops.quantize(w, 128)
     times = interleave(
         {
-            "stream read f32": lambda: torch.ops.onebit.read_memory(w),
+            "stream read f32": lambda: torch.ops.onebit_bench.read_memory(w),
             "quantize f32": lambda: ops.quantize(w, 128),
             "quantize f16": lambda: ops.quantize(half, 128),
             "dequantize f32": lambda: ops.dequantize(packed, scales, biases, 128),
