@@ -1,9 +1,10 @@
 """save_checkpoint, export_gguf: a model into a file that others read."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torch_onebit.checkpoint import CheckpointError, Packed, save_gguf, save_mlx
@@ -75,25 +76,44 @@ def stored_path(experts: str, projection: str) -> str:
     return ".".join(filter(None, (owner, "switch_mlp" if name == "experts" else name, projection)))
 
 
-def packed_layers(model: nn.Module) -> Iterator[tuple[str, Packed]]:
-    """Every 1-bit layer by the path it has in a file; of those that share weights the first."""
+def layers_once(model: nn.Module) -> Iterator[tuple[str, str, OneBitModule]]:
+    """Every 1-bit layer, of those that share weights the first: its path in a file, and its own."""
     seen: set[int] = set()
     for path, module in model.named_modules():
-        if not isinstance(module, OneBitModule) or id(module.scales) in seen:
-            continue
-        if module.weight.is_meta:
-            raise CheckpointError(f"{path} must have its weights in memory, got them on meta")
+        if isinstance(module, OneBitModule) and id(module.scales) not in seen:
+            seen.add(id(module.scales))
+            in_file = path
+            if isinstance(module, OneBitStack) and "." in path:
+                in_file = stored_path(*path.rsplit(".", 1))
+            yield in_file, path, module
+
+
+def packed_layers(
+    model: nn.Module, load: Callable[[str], Tensor] | None = None
+) -> Iterator[tuple[str, Packed]]:
+    """Every 1-bit layer by the path it has in a file; of those that share weights the first.
+
+    Args:
+        load: ``load(name)`` for tensors that are not in memory.
+    """
+    for in_file, path, module in layers_once(model):
         if module._lacking:
             raise CheckpointError(
                 f"{path} must have whole groups of {module.group_size} columns to be stored, "
                 f"got {module._lacking} too few"
             )
-        seen.add(id(module.scales))
-        biases = None if module.biases is None else module.biases.detach()
-        levels = (module.scales.detach(), biases)
-        if isinstance(module, OneBitStack):
-            path = stored_path(*path.rsplit(".", 1)) if "." in path else path
-        yield path, Packed(module.weight, *levels, module.group_size)
+        tensors = []
+        for entry in ("weight", "scales", "biases"):
+            tensor = getattr(module, entry)
+            if tensor is not None and tensor.is_meta:
+                if load is None:
+                    raise CheckpointError(
+                        f"{path} must have its weights in memory, got them on meta"
+                    )
+                tensor = load(f"{path}.{entry}")
+            tensors.append(tensor if tensor is None else tensor.detach())
+        words, *levels = tensors
+        yield in_file, Packed(words.view(torch.int32), *levels, module.group_size)
 
 
 def other_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

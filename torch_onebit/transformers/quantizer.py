@@ -3,11 +3,13 @@
 import re
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightTransform
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -18,7 +20,7 @@ from torch_onebit.float_layers import experts_obstacle, is_experts, projection_s
 from torch_onebit.methods import quantize_weight
 from torch_onebit.nn import OneBitEmbedding, OneBitExperts, OneBitLinear, OneBitModule, tie
 from torch_onebit.quantizing import dequantize_
-from torch_onebit.saving import mlx_names, packed_layers
+from torch_onebit.saving import layers_once, mlx_names, packed_layers
 from torch_onebit.symmetric import symmetrize_
 from torch_onebit.transformers.config import OneBitConfig
 from torch_onebit.transformers.stored import DecodeAffine, StoredLayers, read_layers
@@ -118,6 +120,11 @@ class OneBitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **options: Any) -> nn.Module:
         for layer in model.modules():
             if isinstance(layer, OneBitModule):
+                if layer.weight.is_meta and not self.pre_quantized:
+                    raise ValueError(
+                        "offload_buffers must be False where a model is quantized on load, got "
+                        "True: save it, and load that"
+                    )
                 layer.weight = layer.weight.view(torch.int32)
                 layer.scales.requires_grad_(False)
                 if layer.biases is not None:
@@ -142,7 +149,7 @@ class OneBitQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
         """As mlx-lm reads it: words as uint32, biases in symmetric layers too, tied layers once."""
         state = dict(model.state_dict())
-        layers = dict(packed_layers(model))
+        layers = dict(packed_layers(model, partial(load_offloaded_parameter, model)))
         for path, layer in model.named_modules(remove_duplicate=False):
             if isinstance(layer, OneBitModule):
                 for entry in ENTRIES:
@@ -156,7 +163,7 @@ class OneBitQuantizer(HfQuantizer):
         return state, {}
 
     def _describe(self, model: nn.Module) -> None:
-        layers = {path: packed.group_size for path, packed in packed_layers(model)}
+        layers = {in_file: layer.group_size for in_file, _, layer in layers_once(model)}
         if not layers:
             raise CheckpointError(
                 "model must have 1-bit layers, got none: model.dequantize() makes it a float one "
@@ -216,10 +223,19 @@ class _Quantize(ConversionOps):
             form = {"group_size": self._config.group_size, "symmetric": self._config.symmetric}
             model.set_submodule(path, _empty(path, experts, {**form, "dtype": weight.dtype}))
         options["missing_keys"].discard(name)
-        if entry == "down_proj":
-            return self._packed(f"{path}.down_proj", weight)
-        gate, up = weight.chunk(2, dim=1)
-        return self._packed(f"{path}.gate_proj", gate) | self._packed(f"{path}.up_proj", up)
+        parts = {"down_proj": weight}
+        if entry == "gate_up_proj":
+            gate, up = weight.chunk(2, dim=1)
+            parts = {"gate_proj": gate, "up_proj": up}
+        tensors: dict[str, Tensor] = {}
+        for projection, part in parts.items():
+            tensors |= self._packed(f"{path}.{projection}", part)
+            # Words stay in memory, as those of other layers: transformers knows no buffers that
+            # were not there before, and would put these on the disk.
+            words = tensors.pop(f"{path}.{projection}.weight")
+            words._is_hf_initialized = True
+            model.get_submodule(f"{path}.{projection}").weight = words
+        return tensors
 
     def _packed(self, path: str, weight: Tensor) -> dict[str, Tensor]:
         config = self._config
