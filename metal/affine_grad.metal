@@ -27,6 +27,7 @@ template <typename T>
 
   uint row[kGradRows], bits[kGradRows];
   float scale_sum[kGradRows], bias_sum[kGradRows];
+  ONEBIT_UNROLL
   for (uint r = 0; r < kGradRows; r++) {
     row[r] = min(row0 + r, p.rows - 1);  // past the end: the last row again, not stored
     bits[r] = inside ? packed[(group.z * p.rows + row[r]) * words + word] : 0u;
@@ -45,15 +46,19 @@ template <typename T>
           (p.x_by_row ? grad + grad_row * p.columns : x + x_row * p.columns) + word * kWordBits;
       float value[kWordBits];
       float all = 0;
+      ONEBIT_UNROLL
       for (uint i = 0; i < kWordBits; i += 4) {
         const vec<float, 4> four = read_four(by_column + i);
+        ONEBIT_UNROLL
         for (uint j = 0; j < 4; j++) {
           value[i + j] = four[j];
           all += four[j];
         }
       }
+      ONEBIT_UNROLL
       for (uint r = 0; r < kGradRows; r++) {
         float set = 0;
+        ONEBIT_UNROLL
         for (uint i = 0; i < kWordBits; i++) set += select(0.0f, value[i], bit_of(bits[r], i));
         const float factor = float(by_row[row[r]]);
         scale_sum[r] = fma(factor, set, scale_sum[r]);
@@ -62,6 +67,7 @@ template <typename T>
     }
   }
   // The words of a group are neighbouring lanes.
+  ONEBIT_UNROLL
   for (uint r = 0; r < kGradRows; r++) {
     for (uint offset = 1; offset < (1u << p.group_shift); offset *= 2) {
       scale_sum[r] += simd_shuffle_xor(scale_sum[r], ushort(offset));

@@ -13,6 +13,7 @@ inline void sort_group(thread float4& value, thread float4& weight, uint lane) {
   for (uint block = 2; block <= kGroupWords * kLanes; block *= 2) {
     for (uint stride = block / 2; stride > 0; stride /= 2) {
       const float4 values = value, weights = weight;
+      ONEBIT_UNROLL
       for (uint i = 0; i < kGroupWords; i++) {
         const uint at = i * kLanes + lane;
         const bool keeps_less = ((at & stride) == 0) == ((at & block) == 0);
@@ -37,6 +38,7 @@ struct Running {
 };
 inline Running running_sum(float4 term, uint lane) {
   Running sum = {float4(0.0f), 0.0f};
+  ONEBIT_UNROLL
   for (uint i = 0; i < kGroupWords; i++) {
     for (uint l = 0; l < kLanes; l++) {
       sum.total += simd_shuffle(term[i], ushort(l));
@@ -62,6 +64,7 @@ inline Cut best_cut(float4 value, float4 weight, uint lane) {
   const float mean = running_sum(value * weight, lane).total / total;
   const float4 below = running_sum((value - mean) * weight, lane).upto;
   float4 score = float4(0.0f);
+  ONEBIT_UNROLL
   for (uint i = 0; i < kGroupWords; i++) {
     const uint at = i * kLanes + lane;
     const float square = below[i] * below[i];
@@ -82,6 +85,7 @@ inline Cut best_cut(float4 value, float4 weight, uint lane) {
   // weights that are already binary lose nothing.
   const float lowest = value_at(value, 0), highest = value_at(value, size - 1);
   float4 above = float4(0.0f), under = above, in_high = above;
+  ONEBIT_UNROLL
   for (uint i = 0; i < kGroupWords; i++) {
     in_high[i] = value[i] > cut.threshold ? weight[i] : 0.0f;
     above[i] = (value[i] - lowest) * (weight[i] - in_high[i]);

@@ -22,6 +22,11 @@ constant bool kHasImportance [[function_constant(6)]];
 // kLevelType and kOtherType are numbers of a DType, kRule is that of a Rule.
 inline bool rule_is(Rule rule) { return kRule == uint(rule); }
 
+// Before a loop that indexes registers: what is not unrolled goes to memory (tile-ai/tilelang
+// #3195: 333 to 56 ms). Not before a loop over words, whose instructions would no longer fit their
+// cache.
+#define ONEBIT_UNROLL _Pragma("clang loop unroll(full)")
+
 // Writes the signature of a kernel once.
 #define ONEBIT_INSTANTIATE(name, ...) \
   template [[host_name(name)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;

@@ -22,6 +22,7 @@ template <typename T>
   const float scale = read_level(scales, group), bias = read_level(biases, group);
   const float low = 0.0f + bias, high = low + scale;  // as dequantize adds: a zero loses its sign
   float4 value = read_group(w, group, lane);
+  ONEBIT_UNROLL
   for (uint i = 0; i < kGroupWords; i++) {
     value[i] = nearer_high(value[i], scale, bias) ? high : low;
   }
@@ -49,6 +50,7 @@ template <typename T>
   const float4 value = read_group(w, group, lane);
   float4 through = read_group_as(kOtherType, grad, group, lane);
   const float bias_sum = group_sum(through, lane);
+  ONEBIT_UNROLL
   for (uint i = 0; i < kGroupWords; i++) {
     through[i] = nearer_high(value[i], scale, bias) ? through[i] : 0.0f;
   }

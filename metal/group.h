@@ -15,11 +15,13 @@ inline uint value_index(uint group, uint i, uint lane) {
 template <typename T>
 inline float4 read_group(const device T* values, uint group, uint lane) {
   float4 value = float4(0.0f);
+  ONEBIT_UNROLL
   for (uint i = 0; i < kGroupWords; i++) value[i] = float(values[value_index(group, i, lane)]);
   return value;
 }
 inline float4 read_group_as(uint type, const device void* values, uint group, uint lane) {
   float4 value = float4(0.0f);
+  ONEBIT_UNROLL
   for (uint i = 0; i < kGroupWords; i++) {
     value[i] = read_as(type, values, value_index(group, i, lane));
   }
@@ -27,9 +29,11 @@ inline float4 read_group_as(uint type, const device void* values, uint group, ui
 }
 template <typename T>
 inline void write_group(device T* values, uint group, uint lane, float4 value) {
+  ONEBIT_UNROLL
   for (uint i = 0; i < kGroupWords; i++) values[value_index(group, i, lane)] = T(value[i]);
 }
 inline void write_group_as(uint type, device void* values, uint group, uint lane, float4 value) {
+  ONEBIT_UNROLL
   for (uint i = 0; i < kGroupWords; i++) {
     write_as(type, values, value_index(group, i, lane), value[i]);
   }
@@ -39,6 +43,7 @@ inline void write_group_as(uint type, device void* values, uint group, uint lane
 // depend on the device.
 inline float group_sum(float4 term, uint lane) {
   float sum = 0;
+  ONEBIT_UNROLL
   for (uint i = 0; i < kGroupWords; i++) {
     const float other = simd_shuffle_xor(term[i], 16);
     sum += lane < 16 ? term[i] : other;
@@ -50,6 +55,7 @@ inline float group_sum(float4 term, uint lane) {
 
 inline float value_at(float4 value, uint at) {
   float found = 0;
+  ONEBIT_UNROLL
   for (uint i = 0; i < kGroupWords; i++) found = at / kLanes == i ? value[i] : found;
   return simd_shuffle(found, ushort(at % kLanes));
 }
@@ -66,9 +72,11 @@ inline int order_of(float value, bool descending) {
 // first. NaN only when there is nothing else.
 inline uint first_extreme(float4 value, bool least) {
   int extreme = int(0x80000000u);
+  ONEBIT_UNROLL
   for (uint i = 0; i < kGroupWords; i++) extreme = max(extreme, order_of(value[i], least));
   extreme = simd_max(extreme);
   uint at = 0;
+  ONEBIT_UNROLL
   for (uint i = kGroupWords; i-- > 0;) {
     const uint hits = uint(ulong(simd_ballot(order_of(value[i], least) == extreme)));
     at = hits != 0 ? i * kLanes + ctz(hits) : at;

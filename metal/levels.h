@@ -34,6 +34,7 @@ inline Extremes extremes_of(float4 value) {
 
 inline float mean_magnitude(float4 value, float origin, float4 weight, float mass, uint lane) {
   float4 term = float4(0.0f);
+  ONEBIT_UNROLL
   for (uint i = 0; i < kGroupWords; i++) term[i] = weight[i] * fabs(value[i] - origin);
   return group_sum(term, lane) / mass;
 }
@@ -65,12 +66,14 @@ inline TwoLevels levels_of(float4 value, float4 weight, uint lane) {
 inline float4 through_levels(float4 value, TwoLevels levels, float4 grad, uint lane) {
   const float count = float(kGroupWords * kLanes);
   float4 of_high = float4(0.0f);
+  ONEBIT_UNROLL
   for (uint i = 0; i < kGroupWords; i++) of_high[i] = bit_of(levels, value[i]) ? grad[i] : 0.0f;
   const float total = group_sum(grad, lane);
   const float high = group_sum(of_high, lane), low = total - high;
 
   if (rule_is(Rule::kMinMax)) {
     const Extremes at = extremes_of(value);
+    ONEBIT_UNROLL
     for (uint i = 0; i < kGroupWords; i++) {
       if (i * kLanes + lane == at.least) grad[i] += low;
       if (i * kLanes + lane == at.greatest) grad[i] += high;
@@ -79,11 +82,13 @@ inline float4 through_levels(float4 value, TwoLevels levels, float4 grad, uint l
   }
   if (rule_is(Rule::kOptimal)) {
     float above = 0;
+    ONEBIT_UNROLL
     for (uint i = 0; i < kGroupWords; i++) {
       above += float(popcount(uint(ulong(simd_ballot(bit_of(levels, value[i]))))));
     }
     const float to_high = above > 0 ? high / above : 0.0f;
     const float to_low = above < count ? low / (count - above) : 0.0f;
+    ONEBIT_UNROLL
     for (uint i = 0; i < kGroupWords; i++) {
       grad[i] += bit_of(levels, value[i]) ? to_high : to_low;
     }
@@ -91,6 +96,7 @@ inline float4 through_levels(float4 value, TwoLevels levels, float4 grad, uint l
   }
   // sign and mean: the levels follow the magnitudes around the origin, and the mean itself.
   float4 side = float4(0.0f);
+  ONEBIT_UNROLL
   for (uint i = 0; i < kGroupWords; i++) {
     const float distance = value[i] - levels.origin;
     side[i] = (distance > 0 ? 1.0f : 0.0f) - (distance < 0 ? 1.0f : 0.0f);
@@ -98,6 +104,7 @@ inline float4 through_levels(float4 value, TwoLevels levels, float4 grad, uint l
   const float slope = (high - low) / count;
   float shift = 0;
   if (rule_is(Rule::kMean)) shift = fma(-slope, group_sum(side, lane) / count, total / count);
+  ONEBIT_UNROLL
   for (uint i = 0; i < kGroupWords; i++) grad[i] += shift + slope * side[i];
   return grad;
 }

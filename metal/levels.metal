@@ -22,6 +22,7 @@ template <typename T>
     weight = group_sum(given, lane) > 0 ? given : weight;
   }
   const TwoLevels levels = levels_of(value, weight, lane);
+  ONEBIT_UNROLL
   for (uint i = 0; i < kGroupWords; i++) {
     const uint bits = uint(ulong(simd_ballot(bit_of(levels, value[i]))));
     if (lane == 0) packed[group * kGroupWords + i] = bits;
@@ -45,6 +46,7 @@ template <typename T>
   const TwoLevels levels = levels_of(value, float4(1.0f), lane);
   // As dequantize adds: a zero loses its sign.
   const float low = 0.0f + levels.low, high = 0.0f + levels.high;
+  ONEBIT_UNROLL
   for (uint i = 0; i < kGroupWords; i++) value[i] = bit_of(levels, value[i]) ? high : low;
   write_group_as(kOtherType, out, group, lane, value);
 }

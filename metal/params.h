@@ -60,13 +60,14 @@ ONEBIT_CONSTANT uint32_t kWideRows = 4;
 ONEBIT_CONSTANT uint32_t kWideSimdgroups = 2;
 ONEBIT_CONSTANT uint32_t kWideMaxM = 8;
 
-// qmm: tiles of y [kTileM, kTileN], k in steps of one word.
+// qmm: tiles of y [kTileM, kTileN], or of twice the rows; k in steps of one word.
 ONEBIT_CONSTANT uint32_t kTileM = 32;
 ONEBIT_CONSTANT uint32_t kTileN = 32;
 // qmm_n: a tile is as wide as the largest group, so that every scale is read once per tile row.
 ONEBIT_CONSTANT uint32_t kTileWideN = 128;
-ONEBIT_CONSTANT uint32_t kTileK = 16;
+ONEBIT_CONSTANT uint32_t kTileK = 32;
 ONEBIT_CONSTANT uint32_t kTileThreads = 128;
+ONEBIT_CONSTANT uint32_t kTileWideThreads = 256;
 
 // qvm: a lane owns one word, 32 outputs; simdgroups share the rows of w.
 ONEBIT_CONSTANT uint32_t kQvmSimdgroups = 8;

@@ -1,12 +1,14 @@
 // y[m, n] = sum over k of x[m, k] * dequantize(w)[k, n], with w [k, n] and groups along n: the
-// backward pass of a layer.
-// Threadgroup: 4 simdgroups, a tile of kTileM x kTileWideN outputs, 32 x 32 each; k in steps of
-// kTileK rows of w. Held per lane: 64 sums in two stages and 16 matrix elements.
+// backward pass of a layer. Tiles hold float whatever the dtype of x: a group has its own levels in
+// every row of w, so they cannot be multiplied with the sums.
+// Threadgroup: 8 simdgroups, a tile of kTileM x kTileWideN outputs, 16 x 32 each, so 8 matrices of
+// sums; k in steps of kTileK rows of w, which are summed by themselves as in tile.h; 22 KB.
 // Grid: x over n, y over m, z over batches times splits of k. A split writes float partial sums.
 #include "tile.h"
 
-constant constexpr uint kXStride = kTileK + kPad;
-constant constexpr uint kWStride = kTileWideN + kPad;
+// 16 bytes more than a row, so that the rows of a matrix start in different banks.
+constant constexpr uint kXStride = kTileK + 4;
+constant constexpr uint kWStride = kTileWideN + 4;
 
 template <typename T, typename O>
 [[kernel]] void qmm_n(const device T* x [[buffer(0)]],          // [x_matrices, m, k]
@@ -20,81 +22,102 @@ template <typename T, typename O>
                       uint3 group [[threadgroup_position_in_grid]],
                       uint simdgroup [[simdgroup_index_in_threadgroup]],
                       uint thread_index [[thread_index_in_threadgroup]]) {
-  threadgroup float x_tile[kTileM * kXStride];
-  threadgroup float w_tile[kTileK * kWStride];
+  threadgroup float4 x_memory[kTileM * kXStride / 4];
+  threadgroup float4 w_memory[kTileK * kWStride / 4];
+  threadgroup float* x_tile = (threadgroup float*)x_memory;
+  threadgroup float* w_tile = (threadgroup float*)w_memory;
   const uint split = group.z / p.batches, batch = group.z % p.batches;
   const Matrices matrices = find_matrices(x_index, w_index, p, batch);
   const uint m0 = group.y * kTileM, n0 = group.x * kTileWideN;
   const uint words = p.n / kWordBits, groups = words >> p.group_shift;
   const uint k_begin = split * p.split_k, k_end = min(p.k, k_begin + p.split_k);
 
-  // A thread loads 4 values of x, and half a word of w: k has no alignment, so x is read by
-  // element.
-  const uint x_row = thread_index / 4, x_column = thread_index % 4 * 4;
-  const bool x_inside = m0 + x_row < p.m;
-  const uint w_row = thread_index / 8, w_half = thread_index % 2 * 16;
-  const uint w_column = thread_index % 8 / 2, word = n0 / kWordBits + w_column;
-  x += (matrices.x * p.m + m0 + (x_inside ? x_row : 0)) * p.k;
+  // Eight threads load a row: four values of x, and four weights of each of the row's four words.
+  // k has no alignment, so x is read by element.
+  const uint row = thread_index / 8, part = thread_index % 8 * 4;
+  const bool x_inside = m0 + row < p.m;
+  x += (matrices.x * p.m + m0 + (x_inside ? row : 0)) * p.k;
   packed += matrices.w * p.k * words;
-  const uint first_level = matrices.w * p.k * groups;
+  const uint first_level = matrices.w * p.k * groups, first_word = n0 / kWordBits;
+  const uint group_mask = (1u << p.group_shift) - 1;
+  const uint m = simdgroup / 4 * 16, n = simdgroup % 4 * 32;
 
-  simdgroup_float8x8 acc[4][4], total[4][4];
-  for (uint i = 0; i < 4; i++) {
-    for (uint j = 0; j < 4; j++) {
-      acc[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-      total[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-    }
+  simdgroup_float8x8 sum[2][4];
+  ONEBIT_UNROLL
+  for (uint i = 0; i < 2; i++) {
+    ONEBIT_UNROLL
+    for (uint j = 0; j < 4; j++) sum[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   }
   for (uint k0 = k_begin; k0 < k_end; k0 += kTileK) {
+    float4 values;
+    ONEBIT_UNROLL
     for (uint i = 0; i < 4; i++) {
-      const uint k = k0 + x_column + i;
-      x_tile[x_row * kXStride + x_column + i] = x_inside && k < k_end ? float(x[k]) : 0.0f;
+      values[i] = x_inside && k0 + part + i < k_end ? float(x[k0 + part + i]) : 0.0f;
     }
-    const uint k = k0 + w_row;
-    uint bits = 0;
+    *(threadgroup float4*)(x_tile + row * kXStride + part) = values;
+    const uint k = k0 + row;
     Levels levels = {0.0f, 0.0f};
-    if (k < k_end && word < words) {
-      bits = packed[k * words + word];
-      levels = read_levels(scales, biases, first_level + k * groups + (word >> p.group_shift));
-    }
-    const float one = levels.scale + levels.bias;
-    threadgroup float* to = w_tile + w_row * kWStride + w_column * kWordBits + w_half;
-    for (uint i = 0; i < 16; i++) to[i] = select(levels.bias, one, bit_of(bits, w_half + i));
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (uint kk = 0; kk < kTileK; kk += 8) {
-      simdgroup_float8x8 a[4], b[4];
-      for (uint i = 0; i < 4; i++) {
-        simdgroup_load(a[i], x_tile + i * 8 * kXStride + kk, kXStride);
-        simdgroup_load(b[i], w_tile + kk * kWStride + simdgroup * 32 + i * 8, kWStride);
-      }
-      for (uint i = 0; i < 4; i++) {
-        for (uint j = 0; j < 4; j++) {
-          simdgroup_multiply_accumulate(acc[i][j], a[i], b[j], acc[i][j]);
+    for (uint i = 0; i < kTileWideN / kWordBits; i++) {
+      const uint word = first_word + i;
+      uint bits = 0;
+      if (k < k_end && word < words) {
+        bits = packed[k * words + word];
+        if (i == 0 || (word & group_mask) == 0) {
+          levels = read_levels(scales, biases, first_level + k * groups + (word >> p.group_shift));
         }
       }
+      float4 weights;
+      ONEBIT_UNROLL
+      for (uint j = 0; j < 4; j++) {
+        weights[j] = select(levels.bias, levels.scale + levels.bias, bit_of(bits, part + j));
+      }
+      *(threadgroup float4*)(w_tile + row * kWStride + i * kWordBits + part) = weights;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    if ((k0 + kTileK) % kBlockK != 0 && k0 + kTileK < k_end) continue;
-    for (uint i = 0; i < 4; i++) {
-      for (uint j = 0; j < 4; j++) flush(total[i][j], acc[i][j]);
+    simdgroup_float8x8 a[2][4], b[4];
+    ONEBIT_UNROLL
+    for (uint i = 0; i < 2; i++) {
+      ONEBIT_UNROLL
+      for (uint kk = 0; kk < 4; kk++) {
+        simdgroup_load(a[i][kk], x_tile + (m + i * 8) * kXStride + kk * 8, kXStride);
+      }
     }
-  }
-
-  // Out through threadgroup memory, 8 rows at a time, for the edges and for whole-line writes.
-  for (uint i = 0; i < 4; i++) {
+    ONEBIT_UNROLL
     for (uint j = 0; j < 4; j++) {
-      simdgroup_store(total[i][j], w_tile + simdgroup * 32 + j * 8, kWStride);
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    const uint column = n0 + thread_index;
-    for (uint r = 0; r < 8; r++) {
-      const uint row = m0 + i * 8 + r;
-      if (row < p.m && column < p.n) {
-        const float value = w_tile[r * kWStride + thread_index];
-        y[(group.z * p.m + row) * p.n + column] = matrices.valid ? O(value) : O(NAN);
+      ONEBIT_UNROLL
+      for (uint kk = 0; kk < 4; kk++) {
+        simdgroup_load(b[kk], w_tile + kk * 8 * kWStride + n + j * 8, kWStride);
+      }
+      ONEBIT_UNROLL
+      for (uint i = 0; i < 2; i++) {
+        simdgroup_float8x8 block[2];
+        ONEBIT_UNROLL
+        for (uint h = 0; h < 2; h++) {
+          block[h] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+          simdgroup_multiply_accumulate(block[h], a[i][2 * h], b[2 * h], block[h]);
+          simdgroup_multiply_accumulate(block[h], a[i][2 * h + 1], b[2 * h + 1], block[h]);
+        }
+        add_to(block[0], block[1]);
+        add_to(sum[i][j], block[0]);
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+
+  // Out through threadgroup memory, for the edges and for whole lines.
+  ONEBIT_UNROLL
+  for (uint i = 0; i < 2; i++) {
+    ONEBIT_UNROLL
+    for (uint j = 0; j < 4; j++) {
+      simdgroup_store(sum[i][j], w_tile + (m + i * 8) * kWStride + n + j * 8, kWStride);
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint i = thread_index; i < kTileM * kTileWideN; i += kTileWideThreads) {
+    const uint r = i / kTileWideN, column = i % kTileWideN;
+    if (m0 + r >= p.m || n0 + column >= p.n) continue;
+    const float value = w_tile[r * kWStride + column];
+    y[(group.z * p.m + m0 + r) * p.n + n0 + column] = matrices.valid ? O(value) : O(NAN);
   }
 }
 

@@ -28,28 +28,35 @@ template <typename T>
 
   uint row[kQmvRows];  // past the end: the last row again, not stored
   float sum[kQmvRows];
+  ONEBIT_UNROLL
   for (uint r = 0; r < kQmvRows; r++) {
     row[r] = matrices.w * p.n + min(row0 + r, p.n - 1);
     sum[r] = 0;
   }
   for (uint word = lane; word < words; word += kLanes) {
     uint bits[kQmvRows];  // loaded together: eight 128-byte lines in flight per simdgroup
+    ONEBIT_UNROLL
     for (uint r = 0; r < kQmvRows; r++) bits[r] = packed[row[r] * words + word];
     float value[kWordBits];
+    ONEBIT_UNROLL
     for (uint i = 0; i < kWordBits; i += 4) {
       const vec<float, 4> four = read_four(x + word * kWordBits + i);
+      ONEBIT_UNROLL
       for (uint j = 0; j < 4; j++) value[i + j] = four[j];
     }
+    ONEBIT_UNROLL
     for (uint r = 0; r < kQmvRows; r++) {
       const Levels levels = read_levels(scales, biases, row[r] * groups + (word >> p.group_shift));
       const float one = levels.scale + levels.bias;
       float part = 0;  // of one word, then added: long sums in one register round more
+      ONEBIT_UNROLL
       for (uint i = 0; i < kWordBits; i++) {
         part = fma(select(levels.bias, one, bit_of(bits[r], i)), value[i], part);
       }
       sum[r] += part;
     }
   }
+  ONEBIT_UNROLL
   for (uint r = 0; r < kQmvRows; r++) {
     const float total = simd_sum(sum[r]);
     if (lane == 0 && row0 + r < p.n) {

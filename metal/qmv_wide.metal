@@ -25,13 +25,16 @@ template <typename T, uint M>
 
   uint row[kWideRows];  // past the end: the last row again, not stored
   float sum[kWideRows][M];
+  ONEBIT_UNROLL
   for (uint r = 0; r < kWideRows; r++) {
     row[r] = matrices.w * p.n + min(row0 + r, p.n - 1);
+    ONEBIT_UNROLL
     for (uint m = 0; m < M; m++) sum[r][m] = 0;
   }
   for (uint word = lane; word < words; word += kLanes) {
     uint bits[kWideRows];
     float zero[kWideRows], one[kWideRows];  // what the two bits stand for
+    ONEBIT_UNROLL
     for (uint r = 0; r < kWideRows; r++) {
       bits[r] = packed[row[r] * words + word];
       const Levels levels = read_levels(scales, biases, row[r] * groups + (word >> p.group_shift));
@@ -40,20 +43,27 @@ template <typename T, uint M>
     }
     for (uint i = 0; i < kWordBits; i += 4) {
       float value[M][4];
+      ONEBIT_UNROLL
       for (uint m = 0; m < M; m++) {
         const uint x_row = min(m, p.m - 1);
         const vec<float, 4> four = read_four(x + x_row * p.k + word * kWordBits + i);
+        ONEBIT_UNROLL
         for (uint j = 0; j < 4; j++) value[m][j] = four[j];
       }
+      ONEBIT_UNROLL
       for (uint r = 0; r < kWideRows; r++) {
+        ONEBIT_UNROLL
         for (uint j = 0; j < 4; j++) {
           const float weight = select(zero[r], one[r], bit_of(bits[r], i + j));
+          ONEBIT_UNROLL
           for (uint m = 0; m < M; m++) sum[r][m] = fma(weight, value[m][j], sum[r][m]);
         }
       }
     }
   }
+  ONEBIT_UNROLL
   for (uint r = 0; r < kWideRows; r++) {
+    ONEBIT_UNROLL
     for (uint m = 0; m < M; m++) {
       const float total = simd_sum(sum[r][m]);
       if (lane == 0 && row0 + r < p.n && m < p.m) {

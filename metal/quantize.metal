@@ -22,6 +22,7 @@ template <typename T>
   float scale = (isnan(high) ? -INFINITY : high) - bias;
   scale = scale < kMinScale ? kMinScale : scale;  // a NaN stays
 
+  ONEBIT_UNROLL
   for (uint i = 0; i < kGroupWords; i++) {
     const uint bits = uint(ulong(simd_ballot(value[i] - bias > 0.5f * scale)));
     if (lane == 0) packed[group * kGroupWords + i] = bits;

@@ -26,6 +26,7 @@ template <typename T, typename O>
   x += matrices.x * p.k;
 
   float sum[kWordBits];
+  ONEBIT_UNROLL
   for (uint i = 0; i < kWordBits; i++) sum[i] = 0;
   float base = 0;
   if (word < words) {
@@ -36,11 +37,14 @@ template <typename T, typename O>
       const float value = float(x[k]);
       const float one = levels.scale * value;
       base = fma(levels.bias, value, base);
+      ONEBIT_UNROLL
       for (uint i = 0; i < kWordBits; i++) sum[i] += select(0.0f, one, bit_of(bits, i));
     }
   }
   // Sums of the simdgroups meet in threadgroup memory, 8 of a lane's 32 at a time.
+  ONEBIT_UNROLL
   for (uint i0 = 0; i0 < kWordBits; i0 += 8) {
+    ONEBIT_UNROLL
     for (uint i = 0; i < 8; i++) {
       partial[(simdgroup * 8 + i) * kLanes + lane] = sum[i0 + i] + base;
     }

@@ -165,7 +165,9 @@ def is_prepackable(case: Case) -> bool:
     return case.transpose and torch.ops.onebit.can_prepack()
 
 
-def errors(case: Case, *, prepacked: bool = False) -> tuple[float, float, float]:
+def errors(
+    case: Case, *, prepacked: bool = False, device: str = "cpu"
+) -> tuple[float, float, float]:
     """Relative errors against float64: ours, plain torch's, and what the rule allows.
 
     At most twice torch's, or twice half a unit in the last place where torch was luckier: some of
@@ -180,5 +182,5 @@ def errors(case: Case, *, prepacked: bool = False) -> tuple[float, float, float]
             x, *weights, torch.ops.onebit.prepack(*weights, group), group
         )
     else:
-        y = torch.ops.onebit.qmm(*args)
+        y = torch.ops.onebit.qmm(*(t.to(device) if isinstance(t, Tensor) else t for t in args))
     return relative_error(y, expected), plain, 2 * max(plain, torch.finfo(case.dtype).eps / 2)

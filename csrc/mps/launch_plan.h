@@ -59,7 +59,7 @@ constexpr const char* type_name(DType type) {
 struct Pipeline {
   Kernel kernel;
   DType type;    // of x and y; of w and its levels in quantize and decode
-  uint8_t rows;  // instance of qmv_wide, 0 for the other kernels
+  uint8_t rows;  // instance of qmv_wide; of qmm, the rows of a tile of 16 bits; else 0
   bool partial;  // writes float sums that sum_partials adds up
   DType levels;  // of scales and biases
   bool has_biases;
@@ -72,11 +72,11 @@ struct Pipeline {
 
   constexpr uint32_t key() const {
     return static_cast<uint32_t>(kernel) | static_cast<uint32_t>(type) << 4 |
-           static_cast<uint32_t>(levels) << 6 | static_cast<uint32_t>(rows) << 8 |
-           static_cast<uint32_t>(partial) << 12 | static_cast<uint32_t>(has_biases) << 13 |
-           static_cast<uint32_t>(indexed) << 14 | static_cast<uint32_t>(group_words) << 15 |
-           static_cast<uint32_t>(rule) << 18 | static_cast<uint32_t>(other) << 20 |
-           static_cast<uint32_t>(has_importance) << 22;
+           static_cast<uint32_t>(levels) << 6 | static_cast<uint32_t>(partial) << 8 |
+           static_cast<uint32_t>(has_biases) << 9 | static_cast<uint32_t>(indexed) << 10 |
+           static_cast<uint32_t>(group_words) << 11 | static_cast<uint32_t>(rule) << 14 |
+           static_cast<uint32_t>(other) << 16 | static_cast<uint32_t>(has_importance) << 18 |
+           static_cast<uint32_t>(rows) << 20;
   }
 };
 
@@ -150,6 +150,18 @@ constexpr Kernel product_kernel(bool transpose, uint32_t m, const Gpu& gpu) {
     }
   }
   return Kernel::kQmm;  // not reached: the rules end with any m
+}
+
+// simdgroup matrices of bfloat: GPUs before the M3 emulate them, so that tiles of float are faster
+// there *.
+constexpr int kBFloatMatrixFamily = 9;
+
+// Rows of a tile of 16 bits, 0 for tiles of float. 64 rows read w half as often as 32, of which up
+// to 32 rows of x would leave half idle.
+constexpr uint8_t tile_rows(DType type, uint32_t m, const Gpu& gpu) {
+  if (type == DType::kFloat) return 0;
+  if (type == DType::kBFloat16 && gpu.family < kBFloatMatrixFamily) return 0;
+  return m <= kTileM ? kTileM : 2 * kTileM;
 }
 
 // How many threadgroups of 128 or 256 threads keep one core busy *: a core of the M1 and M2 holds
@@ -242,6 +254,7 @@ constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu) {
       launch.threads = kWideSimdgroups * kLanes;
       break;
     case Kernel::kQmmSorted:
+      launch.pipeline.rows = tile_rows(p.type, 1, gpu);
       launch.groups = {ceil_div(p.n, kTileN), ceil_div(p.batches, kTileM), 1};
       launch.threads = kTileThreads;
       break;
@@ -250,12 +263,19 @@ constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu) {
       launch.threads = kQvmSimdgroups * kLanes;
       tiles = launch.groups.x * p.batches;
       break;
-    default:
-      launch.groups = {ceil_div(p.n, p.transpose ? kTileN : kTileWideN), ceil_div(p.m, kTileM),
-                       p.batches};
+    case Kernel::kQmmN:
+      launch.groups = {ceil_div(p.n, kTileWideN), ceil_div(p.m, kTileM), p.batches};
+      launch.threads = kTileWideThreads;
+      tiles = launch.groups.x * launch.groups.y * p.batches;
+      break;
+    default: {
+      const uint8_t rows = tile_rows(p.type, p.m, gpu);
+      launch.pipeline.rows = rows;
+      launch.groups = {ceil_div(p.n, kTileN), ceil_div(p.m, rows ? rows : kTileM), p.batches};
       launch.threads = kTileThreads;
       tiles = launch.groups.x * launch.groups.y * p.batches;
       break;
+    }
   }
   if (tiles > 0) {
     plan.params.split_k = split_k(p.k, tiles, gpu);
@@ -321,9 +341,11 @@ constexpr Launch plan_affine_grad(const AffineGradParams& p, DType type, bool in
 // ---------------------------------------------------------------------------------------
 
 static_assert(kSplitAlign % 128 == 0 && kSplitAlign % kTileK == 0, "a split is whole groups");
-static_assert(kTileWideN == kTileThreads, "qmm_n stores one column per thread");
+static_assert(kTileM * 4 == kTileThreads && kTileK * 8 == kTileWideThreads && kTileK == 32,
+              "threads to a row");
 static_assert(kQvmSimdgroups == 8, "qvm reduces 8 of a lane's sums at a time");
 static_assert(static_cast<int>(Kernel::kFlipBits) < 16, "4 bits of a key");
+static_assert(kWideMaxM < 2 * kTileM && 2 * kTileM < 128, "7 bits of a key");
 static_assert(sizeof(QmmParams) == 32 && sizeof(AffineGradParams) == 32, "no padding");
 
 }  // namespace onebit::mps

@@ -20,7 +20,7 @@ extern "C" __attribute__((visibility("default"))) void plan(const int* gpu,
                            static_cast<uint32_t>(p[7]),
                            p[8] != 0,
                            p[9] != 0,
-                           DType::kHalf,
+                           static_cast<DType>(p[10]),
                            DType::kFloat,
                            true};
   const ProductPlan plan = plan_product(product, {gpu[0], static_cast<uint32_t>(gpu[1])});

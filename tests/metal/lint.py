@@ -5,6 +5,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import loops
 import toolchain
 from msl.tokens import MslError, Token, previous, skip_blank
 from msl.translate import Translator, entries, preprocess
@@ -44,6 +45,7 @@ def lint(source: Path, include: list[Path] = ()) -> list[str]:
         return [str(error)]
     errors = unit.errors + forbidden_words(unit.tokens) + recursion(unit.tokens)
     errors += program_scope(unit.tokens) + unqualified_pointers(unit.tokens)
+    errors += loops.check(unit.tokens)
     # Instances make clang look into the bodies of templates.
     templates = [e for _, e, _ in unit.instances if "<" in e]
     body += "\n" + "".join(f"template decltype({e}) {e};\n" for e in templates)

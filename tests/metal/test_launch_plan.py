@@ -25,6 +25,7 @@ def probe():
     return ctypes.CDLL(str(library))
 
 
+FLOAT, HALF, BFLOAT = range(3)
 # family and cores of a GPU
 M1, M3_MAX = (7, 7), (9, 24)
 
@@ -43,9 +44,10 @@ class Plan:
 
 def plan(
     probe, m, n, k, *, transpose=True, group_size=128, batches=1, x_matrices=1, w_matrices=1,
-    indexed=False, is_sorted=False, gpu=M1,
+    indexed=False, is_sorted=False, gpu=M1, dtype=HALF,
 ):  # fmt: skip
     values = [m, n, k, group_size, transpose, batches, x_matrices, w_matrices, indexed, is_sorted]
+    values.append(dtype)
     out = ctypes.create_string_buffer(200)
     probe.plan(
         (ctypes.c_int * 2)(*gpu), (ctypes.c_int64 * len(values))(*values), out, ctypes.c_size_t(200)
@@ -64,11 +66,13 @@ TABLE = [
     (2, 4096, 4096, True, M1, ("qmv_wide", 2), (512, 1, 1), 1, "two rows"),
     (5, 4096, 4096, True, M1, ("qmv_wide", 6), (512, 1, 1), 1, "the next instance"),
     (8, 4096, 4096, True, M1, ("qmv_wide", 8), (512, 1, 1), 1, "the widest"),
-    (9, 4096, 4096, True, M1, ("qmm", 0), (128, 1, 1), 1, "tiles"),
-    (512, 4096, 4096, True, M1, ("qmm", 0), (128, 16, 1), 1, "prefill"),
-    (16, 256, 8192, True, M1, ("qmm", 0), (8, 1, 4), 4, "few tiles, long k"),
-    (16, 256, 8192, True, M3_MAX, ("qmm", 0), (8, 1, 16), 16, "more cores, more splits"),
-    (16, 256, 512, True, M3_MAX, ("qmm", 0), (8, 1, 1), 1, "k too short to split"),
+    (9, 4096, 4096, True, M1, ("qmm", 32), (128, 1, 1), 1, "tiles"),
+    (32, 4096, 4096, True, M1, ("qmm", 32), (128, 1, 1), 1, "one tile of 32 rows"),
+    (33, 4096, 4096, True, M1, ("qmm", 64), (128, 1, 1), 1, "one of 64 reads w once"),
+    (512, 4096, 4096, True, M1, ("qmm", 64), (128, 8, 1), 1, "prefill"),
+    (16, 256, 8192, True, M1, ("qmm", 32), (8, 1, 4), 4, "few tiles, long k"),
+    (16, 256, 8192, True, M3_MAX, ("qmm", 32), (8, 1, 16), 16, "more cores, more splits"),
+    (16, 256, 512, True, M3_MAX, ("qmm", 32), (8, 1, 1), 1, "k too short to split"),
     (1, 4096, 4096, False, M1, ("qvm", 0), (4, 1, 7), 7, "backward of one row"),
     (1, 1024, 300, False, M1, ("qvm", 0), (1, 1, 1), 1, "backward, short k"),
     (2, 4096, 4096, False, M1, ("qmm_n", 0), (32, 1, 1), 1, "backward of two rows"),
@@ -91,6 +95,19 @@ def test_splits_cover_k_without_an_empty_one(probe, k, gpu):
         assert p.splits == 1 or p.split_k % 128 == 0
         assert p.partial == (p.splits > 1)
         assert p.sum_groups == (0 if p.splits == 1 else -(-n // 256))
+
+
+@pytest.mark.parametrize(
+    "dtype, gpu, rows, groups, why",
+    [
+        (FLOAT, M3_MAX, 0, (2, 4, 1), "tiles of float have 32 rows"),
+        (BFLOAT, M1, 0, (2, 4, 1), "the M1 emulates matrices of bfloat"),
+        (BFLOAT, M3_MAX, 64, (2, 2, 1), "the M3 has them"),
+    ],
+)
+def test_tiles_by_dtype(probe, dtype, gpu, rows, groups, why):
+    p = plan(probe, 100, 64, 128, gpu=gpu, dtype=dtype)
+    assert (p.rows, p.groups) == (rows, groups)
 
 
 def test_batches_are_a_dimension_of_the_grid(probe):

@@ -22,6 +22,17 @@ def kernel(body, arguments=f"{ARGUMENTS}, {INDEX}", before="", head="[[kernel]] 
     return f"{HEAD}{before}\n{head}({arguments}) {{ {body} }}\n"
 
 
+UNROLL = '_Pragma("clang loop unroll(full)")'
+
+
+def sums(extent):
+    """A loop over words that multiplies into matrices of this extent."""
+    return (
+        f"simdgroup_float8x8 sum{extent}; for (uint j = 0; j < i; j++) {{ simdgroup_float8x8 a; "
+        "simdgroup_multiply_accumulate(sum[0][0], a, a, sum[0][0]); } y[i] = 0;"
+    )
+
+
 BAD = {
     # address spaces
     "threadgroup pointer as device": (
@@ -142,6 +153,53 @@ BAD = {
         "return",
     ),
     "uninitialised variable": (kernel("float a; y[i] = a;"), "uninitialized"),
+    # registers
+    "an array in a loop": (
+        kernel("float a[4]; for (uint j = 0; j < 4; j++) a[j] = x[j]; y[i] = a[1];"),
+        "the loop indexes `a`: unroll it",
+    ),
+    "a vector in a loop": (
+        kernel("float4 a = 0; for (uint j = 0; j < 4; j++) { a[j] = x[j]; } y[i] = a[1];"),
+        "the loop indexes `a`: unroll it",
+    ),
+    "an array of a struct in a loop": (
+        kernel(
+            "S s; for (uint j = 0; j < 4; j++) s.a[j] = x[j]; y[i] = s.a[1];",
+            before="struct S { float a[4]; };",
+        ),
+        "the loop indexes `a`: unroll it",
+    ),
+    "an array in the outer loop": (
+        kernel(
+            f"float a[8]; for (uint j = 0; j < 8; j += 4) {{ {UNROLL}"
+            "for (uint l = 0; l < 4; l++) { a[j + l] = x[l]; } } y[i] = a[1];"
+        ),
+        "the loop indexes `a`: unroll it",
+    ),
+    "an index made of the variable": (
+        kernel(
+            "float a[4]; for (uint j = 0; j < 4; j++) { const uint at = 3 - j; a[at] = x[j]; }"
+            "y[i] = a[1];"
+        ),
+        "the loop indexes `a`: unroll it",
+    ),
+    "matrices in a loop": (
+        kernel(
+            "simdgroup_float8x8 a[2]; for (uint j = 0; j < 2; j++) simdgroup_load(a[j], x, 8);"
+            "y[i] = 0;"
+        ),
+        "the loop indexes `a`: unroll it",
+    ),
+    "a loop over words unrolled": (
+        kernel(f"float a = 0; {UNROLL} for (uint j = i; j < i + 9; j += 32) a += x[j]; y[i] = a;"),
+        "its length is not constant",
+    ),
+    "16 matrices of sums": (kernel(sums("[4][4]")), "16 matrices of float sums, at most 8"),
+    "totals beside 8 of them": (kernel(sums("[2][4], total[2]")), "10 matrices of float sums"),
+    "totals in a statement of their own": (
+        kernel(f"simdgroup_matrix<float, 8, 8> total[4]; {sums('[2][4]')}"),
+        "12 matrices of float sums",
+    ),
 }
 
 
@@ -157,7 +215,11 @@ def test_a_bad_shader_is_rejected_for_its_defect(defect, tmp_path):
 
 def test_the_frame_of_the_bad_shaders_is_clean(tmp_path):
     path = tmp_path / "good.metal"
-    path.write_text(kernel("y[i] = x[i];"))
+    loops = (
+        f"float a[4]; {UNROLL} for (uint j = 0; j < 4; j++) a[j] = x[j];"
+        "for (uint j = 0; j < i; j++) y[i] = x[j] + a[1];"
+    )
+    path.write_text(kernel(loops + sums("[2][4]")))
     assert lint.lint(path) == []
 
 

@@ -5,6 +5,7 @@ import pytest
 import reference
 import torch
 from helpers import assert_as_accurate_as_torch, assert_qmm, make_weights, to_numpy, torch_qmm
+from structured import Case, errors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_onebit import OneBitLinear
@@ -31,7 +32,7 @@ def weights(*shape, **options):
 
 
 # family and cores of a GPU, as the fake Metal takes them
-M1, M3_MAX = "7:7", "9:24"
+M1, M1_MAX, M3_MAX = "7:7", "7:32", "9:24"
 
 # m, rows of w, columns of w, transpose, GPU, the kernels that must have run: one row per kernel
 PRODUCTS = [
@@ -41,13 +42,29 @@ PRODUCTS = [
     (4, 21, 128, True, M1, ["qmv_wide_{}_4"]),
     (5, 21, 128, True, M1, ["qmv_wide_{}_6"]),
     (7, 21, 128, True, M1, ["qmv_wide_{}_8"]),
-    (37, 70, 320, True, M1, ["qmm_{}"]),
-    (37, 70, 1088, True, M3_MAX, ["qmm_{}_partial", "sum_partials_{}"]),
+    (13, 70, 320, True, M1, ["qmm_{}{of_32}"]),
+    (32, 21, 320, True, M3_MAX, ["qmm_{}{of_32}"]),
+    (13, 70, 1088, True, M3_MAX, ["qmm_{}{of_32}_partial", "sum_partials_{}"]),
+    (37, 70, 320, True, M1, ["qmm_{}{of_64}"]),
+    (70, 21, 320, True, M3_MAX, ["qmm_{}{of_64}"]),
+    (37, 70, 1088, True, M3_MAX, ["qmm_{}{of_64}_partial", "sum_partials_{}"]),
+    (37, 70, 1088, True, M1_MAX, ["qmm_{}{of_64}_partial", "sum_partials_{}"]),
     (1, 70, 320, False, M1, ["qvm_{}"]),
     (1, 1100, 320, False, M3_MAX, ["qvm_{}_partial", "sum_partials_{}"]),
     (37, 70, 320, False, M1, ["qmm_n_{}"]),
     (37, 1100, 320, False, M3_MAX, ["qmm_n_{}_partial", "sum_partials_{}"]),
 ]
+
+
+SORTED = ["qmm_sorted_{}{of_32}"]
+
+
+def names(kernels, dtype, gpu):
+    """The instances; tiles of 16 bits have their rows in their name, partial sums of float none."""
+    small = dtype == torch.float16 or (dtype == torch.bfloat16 and gpu == M3_MAX)
+    tiles = {f"of_{rows}": f"_{rows}" if small else "" for rows in (32, 64)}
+    found = [k.format(FLOATS[dtype], **tiles) for k in kernels]
+    return [k.removesuffix("_partial") if dtype == torch.float32 else k for k in found]
 
 
 @pytest.mark.parametrize("schedule", [emulator.FORWARD, emulator.REVERSE, emulator.RANDOM])
@@ -62,20 +79,51 @@ def test_every_product_kernel_is_accurate_under_every_schedule(
     packed, scales, biases = weights(rows, columns, group_size=64, dtype=dtype)
     x = torch.randn(m, columns if transpose else rows).to("mps", dtype)
     assert_qmm(x, packed, scales, biases, 64, transpose)
-    expected = [k.format(FLOATS[dtype]) for k in kernels]
-    if dtype == torch.float32:
-        expected = [k.replace("_partial", "") if k.endswith("_partial") else k for k in expected]
+    expected = names(kernels, dtype, gpu)
     assert kernels_of(log())[: len(expected)] == expected
 
 
+# Where a weight that is rounded, or a sum that cancels, shows most: x, levels, bits, group size.
+STRUCTURED = [
+    ("ones", "any", "random", 32, "errors of a kind add up"),
+    ("ones", "lopsided", "random", 64, "the ratio of the levels is no float16"),
+    ("ones", "lopsided", "random, clear at outliers", 128, "the same"),
+    ("near 1", "symmetric", "random", 128, "a mean that cancels"),
+    ("positive", "high is 0", "one clear", 128, "all but one value meet a level of 0"),
+    ("positive", "low is 0", "one set", 64, "the same, the other level"),
+    ("outliers of 65000.0", "low is 0", "random, clear at outliers", 128, "outliers meet 0"),
+    ("outliers of 10000.0", "high is 0", "one clear elsewhere", 32, "the same, the other level"),
+    ("outliers of 10000.0", "high is near 0", "random, set at outliers", 64, "nearly 0"),
+    ("outliers among ones", "negative scale", "random", 128, "levels in the other order"),
+    ("over many magnitudes", "one sign", "one set", 128, "x from 2^-12 to 2^5"),
+    ("tiny", "symmetric", "random", 64, "subnormals of float16"),
+    ("trained", "any", "random", 32, "activations of a trained network"),
+]
+
+
+@pytest.mark.parametrize("level_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("m, gpu", [(13, M3_MAX), (37, M3_MAX)])
+@pytest.mark.parametrize("x, levels, bits, group, why", STRUCTURED)
+def test_tiles_keep_the_rule_on_structured_products(
+    x, levels, bits, group, why, m, gpu, dtype, level_dtype, monkeypatch
+):
+    monkeypatch.setenv("ONEBIT_FAKE_GPU", gpu)
+    case = Case(x, levels, bits, dtype, level_dtype, group, m, n=24, groups=256 // group)
+    error, plain, allowed = errors(case, device="mps")
+    assert error <= allowed, f"torch {plain}"
+
+
+@pytest.mark.parametrize("gpu", [M1, M3_MAX])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_sorted_indices_share_a_pass_over_each_matrix(dtype):
+def test_sorted_indices_share_a_pass_over_each_matrix(dtype, gpu, monkeypatch):
+    monkeypatch.setenv("ONEBIT_FAKE_GPU", gpu)
     packed, scales, biases = weights(2, 70, 192, group_size=32, dtype=dtype)
     x = torch.randn(40, 1, 192).to("mps", dtype)
     rhs = torch.tensor([0] * 23 + [1] * 17, device="mps")
     log()
     y = ops.gather_qmm(x, packed, scales, biases, None, rhs, 32, True, True)
-    assert kernels_of(log()) == [f"qmm_sorted_{FLOATS[dtype]}"]
+    assert kernels_of(log()) == names(SORTED, dtype, gpu)
     plain = torch.stack(
         [torch_qmm(x[i], packed[r], scales[r], biases[r], 32) for i, r in enumerate(rhs.tolist())]
     )
@@ -89,15 +137,15 @@ def test_every_kernel_of_the_library_runs_in_these_tests():
         sorted(emulator.toolchain.SHADERS.glob("*.metal")), [emulator.toolchain.SHADERS]
     )
     covered = (
-        {k.format(t) for *_, kernels in PRODUCTS for k in kernels for t in FLOATS.values()}
+        {k for *_, gpu, kernels in PRODUCTS for t in FLOATS for k in names(kernels, t, gpu)}
+        | {k for gpu in (M1, M3_MAX) for t in FLOATS for k in names(SORTED, t, gpu)}
         | {
             f"{k}_{t}"
-            for k in ("qmm_sorted", "quantize", "decode", "affine_grad", *LEVEL_KERNELS)
+            for k in ("quantize", "decode", "affine_grad", *LEVEL_KERNELS)
             for t in FLOATS.values()
         }
         | {"flip_bits_float"}
     )
-    covered -= {f"{k}_float_partial" for k in ("qmm", "qvm", "qmm_n")}
     assert set(library.kernels()) == covered
 
 
@@ -284,12 +332,14 @@ def test_flushed_subnormals_change_no_bit_of_quantize():
     assert np.array_equal(biases.view(np.uint32), expected[2].numpy().view(np.uint32))
 
 
-def test_selftest_passes_and_its_rows_are_every_kernel():
+def test_selftest_passes_and_its_rows_are_every_kernel(monkeypatch):
     from torch_onebit import selftest
 
     log()
-    rows = list(selftest.rows("mps", measure=False))
-    assert [str(row) for row in rows if not row.passed] == []
+    for gpu in (M1, M3_MAX):
+        monkeypatch.setenv("ONEBIT_FAKE_GPU", gpu)
+        rows = list(selftest.rows("mps", measure=False))
+        assert [str(row) for row in rows if not row.passed] == []
     ran = set(kernels_of(log()))
     library = emulator.Library(
         sorted(emulator.toolchain.SHADERS.glob("*.metal")), [emulator.toolchain.SHADERS]

@@ -45,6 +45,6 @@ def measure(m: int, n: int, k: int, *, group_size: int = 128, transpose: bool = 
     )
 
 
-def passes(m: int) -> int:
-    """Times that the rows of x, 8 or fewer at once or in tiles of 32, force a pass over w."""
-    return 1 if m <= 8 else math.ceil(m / 32)
+def passes(m: int, transpose: bool) -> int:
+    """Times that the rows of x, in tiles of 64 or of 32, force a pass over w."""
+    return math.ceil(m / (64 if transpose else 32))
