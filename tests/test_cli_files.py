@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_gguf_tokenizer import ROWS, tokenizer
+from test_gguf_tokenizer import model as gguf_model
 from torch import nn
 
 from torch_onebit import load_checkpoint, load_gguf, quantize_, save_checkpoint
@@ -70,7 +72,11 @@ def assert_same(one: nn.Module, two: nn.Module) -> None:
 def test_float_to_gguf_to_mlx_to_gguf(run, dense, tmp_path):
     options = ["--symmetric", "--dtype", "float16", "--keep"]
     status, out, _ = run("convert", dense, tmp_path / "a.gguf", *options)
-    assert (status, out) == (0, f"written: {tmp_path / 'a.gguf'}\n")
+    assert status == 0
+    assert out == (
+        "no tokenizer is written: tokenizer must be byte-level BPE, got WordLevel\n"
+        f"written: {tmp_path / 'a.gguf'}\n"
+    )
     assert run("convert", tmp_path / "a.gguf", tmp_path / "mlx")[0] == 0
     assert run("convert", tmp_path / "mlx", tmp_path / "b.gguf")[0] == 0
     a, b = GGUFFile(tmp_path / "a.gguf"), GGUFFile(tmp_path / "b.gguf")
@@ -79,6 +85,20 @@ def test_float_to_gguf_to_mlx_to_gguf(run, dense, tmp_path):
     for name, tensor in a.tensors.items():
         assert torch.equal(a.bytes_of(tensor), b.bytes_of(b.tensors[name]))
     assert_same(load_gguf(tmp_path / "a.gguf"), load_checkpoint(tmp_path / "mlx"))
+
+
+def test_a_byte_level_tokenizer_goes_into_gguf(run, tmp_path):
+    folder = tmp_path / "mlx"
+    save_checkpoint(gguf_model(), folder)
+    tokenizer().save_pretrained(folder)
+    assert run("convert", folder, tmp_path / "a.gguf") == (
+        0,
+        f"written: {tmp_path / 'a.gguf'}\n",
+        "",
+    )
+    entries = GGUFFile(tmp_path / "a.gguf").metadata
+    assert entries["tokenizer.ggml.pre"] == "gpt-2"
+    assert len(entries["tokenizer.ggml.tokens"]) == ROWS
 
 
 def test_float_to_mlx_is_quantize_and_keeps_the_tokenizer(run, dense, tmp_path):

@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 IDS = torch.arange(10).view(2, 5)
 
 
-def build(kind: str, tied: bool = False, quantized: bool = True) -> nn.Module:
+def build(kind: str, tied: bool = False, quantized: bool = True, vocab_size: int = 80) -> nn.Module:
     config = transformers.AutoConfig.for_model(
         kind,
         hidden_size=128,
@@ -26,7 +26,7 @@ def build(kind: str, tied: bool = False, quantized: bool = True) -> nn.Module:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64 if kind == "qwen3" else 32,
-        vocab_size=80,
+        vocab_size=vocab_size,
         max_position_embeddings=64,
         tie_word_embeddings=tied,
     )

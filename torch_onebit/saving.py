@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_onebit.checkpoint import CheckpointError, Packed, save_gguf, save_mlx
+from torch_onebit.checkpoint.gguf_tokenizer import tokenizer_entries
 from torch_onebit.checkpoint.mlx import MAX_SHARD_BYTES
 from torch_onebit.checks import check_count, check_model
 from torch_onebit.nn import OneBitModule, OneBitStack
@@ -46,6 +47,7 @@ def export_gguf(
     model: nn.Module,
     path: str | Path,
     *,
+    tokenizer: Any = None,
     config: dict[str, Any] | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> None:
@@ -58,16 +60,20 @@ def export_gguf(
     Args:
         model: of transformers' names for Llama, Qwen2 or Qwen3.
         path: the file.
+        tokenizer: a fast one of transformers, byte-level BPE; without it, or its entries in
+            metadata, the file says that it has none.
         config: what config.json says of the model; ``model.config`` without it.
-        metadata: entries of GGUF to add, those of the tokenizer; without it the file says that it
-            has no tokenizer.
+        metadata: entries of GGUF to add, or to take the place of those of the tokenizer.
     Raises:
-        CheckpointError: a ValueError; an architecture, a tensor or levels that GGUF does not have.
+        CheckpointError: a ValueError; an architecture, a tensor, levels or a tokenizer that GGUF
+            does not have.
     """
     check_model(model)
     if config is None:
         config = config_of(model)
-    save_gguf(path, config, packed_layers(model), other_tensors(model), metadata or {})
+    entries = {} if tokenizer is None else tokenizer_entries(tokenizer, config["vocab_size"])
+    entries |= metadata or {}
+    save_gguf(path, config, packed_layers(model), other_tensors(model), entries)
 
 
 def stored_path(experts: str, projection: str) -> str:

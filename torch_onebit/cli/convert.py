@@ -3,17 +3,19 @@
 SRC is a folder of MLX, a GGUF file, or a folder of a float model of transformers (safetensors).
 DST is a GGUF file if it ends in .gguf, and a folder of MLX otherwise. Between the two formats
 nothing is lost: what GGUF's Q1_0 cannot hold is an error. For GGUF a float model needs
---symmetric --dtype float16 and groups of 128. Tokenizers are copied from folder to folder, not
-between the formats.
+--symmetric --dtype float16 and groups of 128. A tokenizer is copied from folder to folder, and one
+of byte-level BPE written into GGUF.
 """
 
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from torch_onebit.checkpoint import CheckpointError, save_gguf, save_mlx
+from torch_onebit.checkpoint.gguf_tokenizer import tokenizer_entries
 from torch_onebit.cli.inputs import DTYPES, TOKENIZER, is_float, is_gguf, open_source, plain_config
 from torch_onebit.methods import METHODS
 from torch_onebit.saving import export_gguf, save_checkpoint
@@ -71,11 +73,25 @@ def _translate(src: Path, dst: Path) -> None:
     layers = ((path, source.packed(path)) for path in source.paths)
     tensors = ((name, source.tensor(name)) for name in source.names)
     if dst.suffix == ".gguf":
-        save_gguf(dst, config, layers, tensors, {})
+        save_gguf(dst, config, layers, tensors, _tokenizer(src, config))
     else:
         save_mlx(dst, config, layers, tensors)
-    if is_gguf(src) != is_gguf(dst):
-        print("no tokenizer is written: the formats hold it in different ways")
+        if is_gguf(src):
+            print("no tokenizer is written: that of a GGUF file stays in it")
+
+
+def _tokenizer(src: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """GGUF's entries for the tokenizer of a folder; none, with a word why, where they cannot be."""
+    if is_gguf(src) or not (src / "tokenizer.json").exists():
+        return {}
+    try:
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(src)
+        return tokenizer_entries(tokenizer, config["vocab_size"])
+    except (ImportError, CheckpointError) as error:
+        print(f"no tokenizer is written: {error}")
+        return {}
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
@@ -100,5 +116,8 @@ def _quantize(arguments: argparse.Namespace) -> None:
         )
     except RuntimeError as error:  # tensors of other shapes than the config says
         raise CheckpointError(f"{arguments.src}: {error}") from error
-    save = export_gguf if arguments.dst.suffix == ".gguf" else save_checkpoint
-    save(model, arguments.dst)
+    if arguments.dst.suffix == ".gguf":
+        entries = _tokenizer(arguments.src, model.config.to_dict())
+        export_gguf(model, arguments.dst, metadata=entries)
+    else:
+        save_checkpoint(model, arguments.dst)
