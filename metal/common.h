@@ -6,6 +6,9 @@
 
 #include "params.h"
 
+// A product is rounded before it is added, as on the CPU; what is fused says fma.
+#pragma METAL fp contract(off)
+
 using namespace metal;
 using namespace onebit;
 

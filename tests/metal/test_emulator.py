@@ -124,6 +124,32 @@ template [[host_name("rounds_bfloat")]] [[kernel]] decltype(rounds<bfloat>) roun
 """
 
 
+FUSES = """
+#include <metal_stdlib>
+PRAGMA
+[[kernel]] void k(const device float* x [[buffer(0)]], device float* y [[buffer(1)]],
+                  uint i [[thread_position_in_grid]]) {
+  y[i] = x[0] * x[1] + x[2];
+}
+"""
+
+
+@pytest.mark.parametrize("pragma, fused", [("", True), ("#pragma METAL fp contract(off)", False)])
+def test_products_are_fused_unless_the_source_forbids_it(pragma, fused, tmp_path):
+    source = tmp_path / "fuses.metal"
+    source.write_text(FUSES.replace("PRAGMA", pragma))
+    x, y = np.array([3, 1 + 2.0**-23, -3 - 2.0**-21], np.float32), np.zeros(1, np.float32)
+    emulator.Library([source]).run("k", {0: x}, {1: y}, (1,), (1,))
+    assert (y[0] != 0) == fused
+
+
+def test_a_pragma_after_a_function_is_refused(tmp_path):
+    source = tmp_path / "late.metal"
+    source.write_text(FUSES.replace("PRAGMA", "") + "#pragma METAL fp contract(off)\n")
+    with pytest.raises(emulator.MslError, match="must precede every function"):
+        emulator.Library([source])
+
+
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
     source = tmp_path_factory.mktemp("msl") / "features.metal"

@@ -167,6 +167,24 @@ def check_flips(group_size: int, begin: int, end: int) -> None:
     torch.testing.assert_close(results[1][1], results[0][1])
 
 
+def check_rounding() -> None:
+    """The second flip is a tie, unless the product that is taken from its error is not rounded."""
+    moments, error = torch.eye(32), torch.zeros(1, 32)
+    moments[0, 1] = 1 + 2.0**-23  # times 3, rounds up
+    error[0, 0], error[0, 1] = 10, 4.5 + 2.0**-21
+    results = []
+    for device in ("cpu", "mps"):
+        bits = torch.zeros(1, 32, dtype=torch.bool, device=device)
+        arguments = [t.to(device) for t in (error, torch.full((1, 1), 3.0), moments)]
+        ops.flip_bits_(bits, *arguments, 0, 32, 32)
+        results.append(bits.cpu())
+    assert torch.equal(*results) and results[0].sum() == 1
+
+
+def test_a_product_is_rounded_before_it_is_added():
+    check_rounding()
+
+
 LAYOUTS = {
     "one dimension": lambda t: t[0, 0, :128],
     "four dimensions": lambda t: t[:, None],
@@ -344,6 +362,7 @@ MUTANTS = {
     ),
     "a flip that no other column sees": ("flip_bits.metal", "if (d == 0) continue;", "continue;"),
     "bits that do not follow": ("flip_bits.metal", "bits[at] = !bits[at];", ""),
+    "fused multiply-adds": ("common.h", "#pragma METAL fp contract(off)", ""),
     "every lane decides": ("flip_bits.metal", "if (lane == j % kLanes) {", "{"),
 }
 
@@ -366,6 +385,7 @@ def everything() -> None:
     assert_same_on_mps(ops.fake_quantize_affine, w, scales, biases, 128)
     assert_same_on_mps(ops.fake_quantize_affine_backward, grad, w, scales, biases, 128)
     check_flips(32, 10, 77)
+    check_rounding()
 
 
 def broken(folder, file: str = "group.h", before: str = "", after: str = ""):

@@ -14,6 +14,7 @@ _PATTERN = re.compile(
     re.VERBOSE | re.MULTILINE | re.DOTALL,
 )
 LINEMARK = re.compile(r'\s*#\s*(?:line\s+)?(\d+)\s+"([^"]*)"')
+CONTRACT_OFF = re.compile(r"\s*#pragma METAL fp contract\(off\)\s*$")
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 

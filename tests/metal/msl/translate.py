@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .tokens import (
+    CONTRACT_OFF,
     LINEMARK,
     MslError,
     Token,
@@ -77,6 +78,7 @@ class Translator:
         self.instances: list[tuple[str, str, str]] = []  # host_name, expression, place
         self.function_constants: list[tuple[str, str]] = []
         self.errors: list[str] = []
+        self.contracts = True  # a * b + c may become a fused multiply-add
         self.variables = 0
         self.output: list[str] = []
 
@@ -89,6 +91,8 @@ class Translator:
         while i < len(tokens):
             token = tokens[i]
             in_function = bool({"function", "kernel"} & set(scopes))
+            if token.kind == "linemark" and CONTRACT_OFF.match(token.text):
+                self.contract_off(token)
             if is_attribute(tokens, i):
                 attributes, _ = take_attributes(tokens[i : closing(tokens, i) + 1])
                 if not in_function and {"kernel", "host_name"} & attributes.keys():
@@ -113,6 +117,12 @@ class Translator:
             self.output.append(self.rewrite(token))
             i += 1
         return "".join(self.output)
+
+    def contract_off(self, token: Token) -> None:
+        """The pragma holds for what follows, but g++ is told for a whole file."""
+        if self.kernels or re.search(r"\)\s*\{", "".join(self.output)):
+            self.error(token, "fp contract(off) must precede every function")
+        self.contracts = False
 
     def rewrite(self, token: Token) -> str:
         if token.kind == "linemark":  # without the nesting flags, which are wrong in a second pass
