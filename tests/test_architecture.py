@@ -122,11 +122,17 @@ def places_of_operators() -> dict[str, set[str]]:
     """By operator: the folders of csrc that declare or implement it."""
     places: dict[str, set[str]] = {}
     forms = re.findall(r'm\.impl\("(\w+)"', (ROOT / "csrc/ops/product/operands.h").read_text())
+    said_once = {}  # by name of its struct
+    for path in sorted((ROOT / "csrc/ops").glob("*/operands.h")):
+        said_once |= dict(
+            re.findall(r'struct (\w+) {\n.*kName = "onebit::(\w+)"', path.read_text())
+        )
     for path in sorted((ROOT / "csrc").rglob("*.cpp")):
         text = path.read_text()
         if "TORCH_LIBRARY(onebit_bench" in text:
             continue
         names = re.findall(r'm\.(?:impl\(|def\(\s*)"(\w+)', text)
+        names += [said_once[name] for name in re.findall(r"\bdefine\w*<(\w+),", text)]
         for name in names + (forms if "ProductForms<" in text else []):
             places.setdefault(name, set()).add(path.parent.relative_to(ROOT / "csrc").as_posix())
     return places

@@ -2,8 +2,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <tuple>
-
 #include "../ops/levels/rules.h"
 #include "levels.h"
 #include "parallel.h"
@@ -16,118 +14,89 @@ namespace {
 constexpr int64_t kValuesPerTask = 1 << 16;
 
 template <class F>
-void for_groups(int64_t groups, int64_t group_size, const F& f) {
-  in_parallel(0, groups, kValuesPerTask / group_size, f);
+void for_groups(const LevelOperands& o, const F& f) {
+  in_parallel(0, o.w.numel() / o.group_size, kValuesPerTask / o.group_size, f);
 }
 
-LevelsArgs levels_args(const Tensor& contiguous_w, c10::string_view rule, int64_t group_size) {
-  return {contiguous_w.const_data_ptr(),
-          dtype_of(contiguous_w),
-          rule_of(rule),
-          int(group_size),
-          nullptr,
-          1};
-}
+// The operands as contiguous tensors, which they keep alive for the kernels.
+struct Inputs {
+  Tensor w, scales, biases, importance, grad;
+  int group_size;
+  c10::string_view rule;
 
-std::tuple<Tensor, Tensor, Tensor> quantize_levels_cpu(const Tensor& w,
-                                                       c10::string_view rule,
-                                                       int64_t group_size,
-                                                       const OptionalTensor& importance) {
-  const auto shape = check_quantize_levels<int64_t>(w, rule, group_size, importance);
-  auto packed = at::empty(shape.packed, w.options().dtype(at::kInt));
-  auto scales = at::empty(shape.scales, w.options());
-  auto biases = at::empty(shape.scales, w.options());
-  const auto values = w.contiguous();
-  auto args = levels_args(values, rule, group_size);
-  Tensor weights;
-  if (importance) {
-    weights = importance->to(at::kFloat).contiguous();
-    args.importance = weights.const_data_ptr<float>();
-    args.period = std::max<int64_t>(weights.numel() / group_size, 1);
+  explicit Inputs(const LevelOperands& o)
+      : w(o.w.contiguous()), group_size(int(o.group_size)), rule(o.rule) {
+    if (o.given()) scales = o.scales->contiguous(), biases = o.biases->contiguous();
+    if (o.importance) importance = o.importance->to(at::kFloat).contiguous();
+    if (o.grad) grad = o.grad->contiguous();
   }
+
+  LevelsArgs by_rule() const {
+    LevelsArgs args{w.const_data_ptr(), dtype_of(w), rule_of(rule), group_size, nullptr, 1};
+    if (importance.defined()) {
+      args.importance = importance.const_data_ptr<float>();
+      args.period = std::max<int64_t>(importance.numel() / group_size, 1);
+    }
+    return args;
+  }
+  AffineArgs affine() const {
+    return {w.const_data_ptr(),      dtype_of(w),      scales.const_data_ptr(),
+            biases.const_data_ptr(), dtype_of(scales), group_size};
+  }
+};
+
+QuantizedLevels quantize_levels_cpu(const LevelOperands& o) {
+  const auto shape = check_choice<int64_t>(o);
+  auto packed = at::empty(shape.packed, o.w.options().dtype(at::kInt));
+  auto scales = at::empty(shape.scales, o.w.options());
+  auto biases = at::empty(shape.scales, o.w.options());
+  const Inputs in(o);
+  const auto args = in.by_rule();
   const QuantizeLevelsOut out{static_cast<uint32_t*>(packed.mutable_data_ptr()),
                               scales.mutable_data_ptr(), biases.mutable_data_ptr()};
-  for_groups(scales.numel(), group_size, [&](int64_t begin, int64_t end) {
-    kernels().levels->quantize(args, out, begin, end);
-  });
+  for_groups(
+      o, [&](int64_t begin, int64_t end) { kernels().levels->quantize(args, out, begin, end); });
   return {packed, scales, biases};
 }
 
-Tensor fake_quantize_cpu(const Tensor& w,
-                         c10::string_view rule,
-                         int64_t group_size,
-                         OptionalType dtype) {
-  check_quantize_levels<int64_t>(w, rule, group_size, std::nullopt);
-  check_output_type(dtype);
-  auto out = at::empty(w.sizes(), w.options().dtype(dtype.value_or(w.scalar_type())));
-  const auto values = w.contiguous();
-  const auto args = levels_args(values, rule, group_size);
-  for_groups(w.numel() / group_size, group_size, [&](int64_t begin, int64_t end) {
-    kernels().levels->fake_quantize(args, out.mutable_data_ptr(), dtype_of(out), begin, end);
+Tensor fake_quantize_cpu(const LevelOperands& o) {
+  check_choice<int64_t>(o);
+  auto result = at::empty(o.w.sizes(), o.w.options().dtype(o.result_type()));
+  const Inputs in(o);
+  auto* out = result.mutable_data_ptr();
+  const DType type = dtype_of(result);
+  const auto& levels = *kernels().levels;
+  for_groups(o, [&](int64_t begin, int64_t end) {
+    if (o.given()) {
+      levels.fake_quantize_affine(in.affine(), out, type, begin, end);
+    } else {
+      levels.fake_quantize(in.by_rule(), out, type, begin, end);
+    }
   });
-  return out;
+  return result;
 }
 
-Tensor fake_quantize_backward_cpu(const Tensor& grad,
-                                  const Tensor& w,
-                                  c10::string_view rule,
-                                  int64_t group_size) {
-  check_quantize_levels<int64_t>(w, rule, group_size, std::nullopt);
-  check_gradient<int64_t>(grad, w);
-  auto grad_w = at::empty(w.sizes(), w.options());
-  const auto values = w.contiguous(), grads = grad.contiguous();
-  const auto args = levels_args(values, rule, group_size);
-  for_groups(w.numel() / group_size, group_size, [&](int64_t begin, int64_t end) {
-    kernels().levels->fake_quantize_backward(args, grads.const_data_ptr(), dtype_of(grads),
-                                             grad_w.mutable_data_ptr(), begin, end);
+Tensor grad_w_cpu(const LevelOperands& o) {
+  check_choice<int64_t>(o);
+  auto grad_w = at::empty(o.w.sizes(), o.w.options());
+  const Inputs in(o);
+  for_groups(o, [&](int64_t begin, int64_t end) {
+    kernels().levels->fake_quantize_backward(in.by_rule(), in.grad.const_data_ptr(),
+                                             dtype_of(in.grad), grad_w.mutable_data_ptr(), begin,
+                                             end);
   });
   return grad_w;
 }
 
-// The contiguous tensors behind AffineArgs.
-struct AffineTensors {
-  Tensor w, scales, biases;
-
-  AffineTensors(const Tensor& w, const Tensor& scales, const Tensor& biases)
-      : w(w.contiguous()), scales(scales.contiguous()), biases(biases.contiguous()) {}
-
-  AffineArgs args(int64_t group_size) const {
-    return {w.const_data_ptr(),      dtype_of(w),      scales.const_data_ptr(),
-            biases.const_data_ptr(), dtype_of(scales), int(group_size)};
-  }
-};
-
-Tensor fake_quantize_affine_cpu(const Tensor& w,
-                                const Tensor& scales,
-                                const Tensor& biases,
-                                int64_t group_size,
-                                OptionalType dtype) {
-  check_affine<int64_t>(w, scales, biases, group_size);
-  check_output_type(dtype);
-  auto out = at::empty(w.sizes(), w.options().dtype(dtype.value_or(w.scalar_type())));
-  const AffineTensors tensors(w, scales, biases);
-  for_groups(scales.numel(), group_size, [&](int64_t begin, int64_t end) {
-    kernels().levels->fake_quantize_affine(tensors.args(group_size), out.mutable_data_ptr(),
-                                           dtype_of(out), begin, end);
-  });
-  return out;
-}
-
-std::tuple<Tensor, Tensor> fake_quantize_affine_backward_cpu(const Tensor& grad,
-                                                             const Tensor& w,
-                                                             const Tensor& scales,
-                                                             const Tensor& biases,
-                                                             int64_t group_size) {
-  check_affine<int64_t>(w, scales, biases, group_size);
-  check_gradient<int64_t>(grad, w);
-  auto grad_scales = at::empty(scales.sizes(), scales.options());
-  auto grad_biases = at::empty(scales.sizes(), scales.options());
-  const AffineTensors tensors(w, scales, biases);
-  const auto grads = grad.contiguous();
-  for_groups(scales.numel(), group_size, [&](int64_t begin, int64_t end) {
+GradLevels grad_levels_cpu(const LevelOperands& o) {
+  check_choice<int64_t>(o);
+  auto grad_scales = at::empty(o.scales->sizes(), o.scales->options());
+  auto grad_biases = at::empty(o.scales->sizes(), o.scales->options());
+  const Inputs in(o);
+  for_groups(o, [&](int64_t begin, int64_t end) {
     kernels().levels->fake_quantize_affine_backward(
-        tensors.args(group_size), grads.const_data_ptr(), dtype_of(grads),
-        grad_scales.mutable_data_ptr(), grad_biases.mutable_data_ptr(), begin, end);
+        in.affine(), in.grad.const_data_ptr(), dtype_of(in.grad), grad_scales.mutable_data_ptr(),
+        grad_biases.mutable_data_ptr(), begin, end);
   });
   return {grad_scales, grad_biases};
 }
@@ -157,19 +126,13 @@ void flip_row(bool* bits,           // [k]
   }
 }
 
-Tensor flip_bits_cpu(Tensor& bits,
-                     const Tensor& error,
-                     const Tensor& scales,
-                     const Tensor& moments,
-                     int64_t begin,
-                     int64_t end,
-                     int64_t group_size) {
-  const auto sizes = check_flip_bits<int64_t>(bits, error, scales, moments, begin, end, group_size);
-  auto changes = at::empty(sizes, error.options());
-  const int64_t n = bits.size(0), k = bits.size(1);
-  auto local = error.narrow(1, begin, end - begin).clone(at::MemoryFormat::Contiguous);
-  const auto steps = scales.contiguous(), square = moments.contiguous();
-  auto* flags = bits.mutable_data_ptr<bool>();
+Tensor flip_bits_cpu(const FlipOperands& o) {
+  const auto sizes = check_flip_bits<int64_t>(o);
+  auto changes = at::empty(sizes, o.error.options());
+  const int64_t n = o.bits.size(0), k = o.bits.size(1), width = o.end - o.begin;
+  auto local = o.error.narrow(1, o.begin, width).clone(at::MemoryFormat::Contiguous);
+  const auto steps = o.scales.contiguous(), square = o.moments.contiguous();
+  auto* flags = o.bits.mutable_data_ptr<bool>();
   const auto run = [&](auto zero) {
     using Real = decltype(zero);
     const auto* scale = steps.template const_data_ptr<Real>();
@@ -178,25 +141,24 @@ Tensor flip_bits_cpu(Tensor& bits,
     auto* change = changes.template mutable_data_ptr<Real>();
     in_parallel(0, n, 16, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
-        const int64_t offset = r * (end - begin);
-        flip_row(flags + r * k, scale + r * (k / group_size), moment, errors + offset,
-                 change + offset, k, begin, end, group_size);
+        flip_row(flags + r * k, scale + r * (k / o.group_size), moment, errors + r * width,
+                 change + r * width, k, o.begin, o.end, o.group_size);
       }
     });
   };
-  error.scalar_type() == at::kDouble ? run(double()) : run(float());
+  o.error.scalar_type() == at::kDouble ? run(double()) : run(float());
   return changes;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, CPU, m) {
-  m.impl("quantize_levels", &quantize_levels_cpu);
-  m.impl("fake_quantize", &fake_quantize_cpu);
-  m.impl("fake_quantize_backward", &fake_quantize_backward_cpu);
-  m.impl("fake_quantize_affine", &fake_quantize_affine_cpu);
-  m.impl("fake_quantize_affine_backward", &fake_quantize_affine_backward_cpu);
-  m.impl("flip_bits_", &flip_bits_cpu);
+  define<QuantizeLevels, quantize_levels_cpu>(m);
+  define<FakeQuantize, fake_quantize_cpu>(m);
+  define<FakeQuantizeAffine, fake_quantize_cpu>(m);
+  define<FakeQuantizeBackward, grad_w_cpu>(m);
+  define<FakeQuantizeAffineBackward, grad_levels_cpu>(m);
+  define<FlipBits, flip_bits_cpu>(m);
 }
 
 }  // namespace onebit::cpu

@@ -1,9 +1,7 @@
-// The operators of ../levels.cpp on CUDA: a warp per group, or per row of bits.
+// The operators of ../ops/levels on CUDA: a warp per group, or per row of bits.
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
-
-#include <tuple>
 
 #include "../ops/levels/rules.h"
 #include "tensors.h"
@@ -11,172 +9,118 @@
 namespace onebit::cuda {
 namespace {
 
-// One launch over the groups of w, which is not empty. args names everything but w.
-void launch_groups(Kernel kernel, const Tensor& w, const GroupOptions& options, GroupArgs args) {
-  const auto values = w.contiguous();
-  args.w = values.const_data_ptr();
-  args.groups = w.numel() / (options.group_words * kWordBits);
+bool has_level_kernels(const LevelOperands& o) {
+  return has_kernels(o.w) && (!o.given() || has_kernels(*o.scales)) &&
+         (!o.grad || has_kernels(*o.grad)) && o.result_type() != at::kDouble;
+}
+
+// One launch over the groups of w. out: what the kernel writes.
+void launch_groups(Kernel kernel, const LevelOperands& o, GroupArgs out) {
+  if (o.w.numel() == 0) return;
+  const c10::DeviceGuard guard(o.w.device());
+  GroupOptions options = {group_words(o.group_size)};
+  GroupArgs args = out;
+  const auto contiguous = [](const Tensor* t) { return t ? t->contiguous() : Tensor(); };
+  const auto w = o.w.contiguous(), grad = contiguous(o.grad), scales = contiguous(o.scales),
+             biases = contiguous(o.biases);
+  const auto importance = o.importance ? o.importance->to(at::kFloat).contiguous() : Tensor();
+  args.w = w.const_data_ptr();
+  args.groups = w.numel() / o.group_size;
+  args.period = 1;
+  options.other = dtype_of(o.grad ? o.grad->scalar_type() : o.result_type());
+  if (o.grad) args.grad = grad.const_data_ptr();
+  if (o.given()) {
+    options.levels = dtype_of(scales);
+    args.scales = scales.const_data_ptr();
+    args.biases = biases.const_data_ptr();
+  } else {
+    options.rule = rule_of(o.rule);
+  }
+  if (o.importance) {
+    options.has_importance = true;
+    args.importance = importance.const_data_ptr<float>();
+    args.period = importance.numel() / o.group_size;
+  }
   launch(plan_groups(kernel, args.groups, dtype_of(w), options), args);
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_levels_cuda(const Tensor& w,
-                                                        c10::string_view rule,
-                                                        int64_t group_size,
-                                                        const OptionalTensor& importance) {
-  const auto shape = check_quantize_levels<int64_t>(w, rule, group_size, importance);
-  if (!has_kernels(w)) {
-    return composite(&quantize_levels_cuda, "onebit::quantize_levels", w, rule, group_size,
-                     importance);
-  }
-  const c10::DeviceGuard guard(w.device());
-  auto packed = at::empty(shape.packed, w.options().dtype(at::kInt));
-  auto scales = at::empty(shape.scales, w.options()), biases = at::empty(shape.scales, w.options());
-  if (w.numel() == 0) return {packed, scales, biases};
-  GroupOptions options = {group_words(group_size), rule_of(rule)};
-  options.has_importance = importance.has_value();
-  const auto weights = importance ? importance->to(at::kFloat).contiguous() : Tensor();
-  GroupArgs args = {};
-  args.packed = mutable_words(packed);
-  args.first = scales.mutable_data_ptr();
-  args.second = biases.mutable_data_ptr();
-  args.importance = importance ? weights.const_data_ptr<float>() : nullptr;
-  args.period = importance ? weights.numel() / group_size : 1;
-  launch_groups(Kernel::kQuantizeLevels, w, options, args);
+QuantizedLevels quantize_levels_cuda(const LevelOperands& o, Below<QuantizedLevels> composite) {
+  const auto shape = check_choice<int64_t>(o);
+  if (!has_level_kernels(o)) return composite();
+  auto packed = at::empty(shape.packed, o.w.options().dtype(at::kInt));
+  auto scales = at::empty(shape.scales, o.w.options());
+  auto biases = at::empty(shape.scales, o.w.options());
+  GroupArgs out = {};
+  out.packed = mutable_words(packed);
+  out.first = scales.mutable_data_ptr();
+  out.second = biases.mutable_data_ptr();
+  launch_groups(Kernel::kQuantizeLevels, o, out);
   return {packed, scales, biases};
 }
 
-Tensor fake_quantize_cuda(const Tensor& w,
-                          c10::string_view rule,
-                          int64_t group_size,
-                          OptionalType dtype) {
-  check_quantize_levels<int64_t>(w, rule, group_size, std::nullopt);
-  check_output_type(dtype);
-  const auto type = dtype.value_or(w.scalar_type());
-  if (!has_kernels(w) || type == at::kDouble) {
-    return composite(&fake_quantize_cuda, "onebit::fake_quantize", w, rule, group_size, dtype);
-  }
-  const c10::DeviceGuard guard(w.device());
-  auto out = at::empty(w.sizes(), w.options().dtype(type));
-  if (w.numel() == 0) return out;
-  GroupArgs args = {};
-  args.out = out.mutable_data_ptr();
-  launch_groups(Kernel::kFakeQuantize, w, {group_words(group_size), rule_of(rule), dtype_of(type)},
-                args);
-  return out;
+Tensor fake_quantize_cuda(const LevelOperands& o, Below<Tensor> composite) {
+  check_choice<int64_t>(o);
+  if (!has_level_kernels(o)) return composite();
+  auto result = at::empty(o.w.sizes(), o.w.options().dtype(o.result_type()));
+  GroupArgs out = {};
+  out.out = result.mutable_data_ptr();
+  launch_groups(o.given() ? Kernel::kFakeQuantizeAffine : Kernel::kFakeQuantize, o, out);
+  return result;
 }
 
-Tensor fake_quantize_backward_cuda(const Tensor& grad,
-                                   const Tensor& w,
-                                   c10::string_view rule,
-                                   int64_t group_size) {
-  check_quantize_levels<int64_t>(w, rule, group_size, std::nullopt);
-  check_gradient<int64_t>(grad, w);
-  if (!has_kernels(w) || !has_kernels(grad)) {
-    return composite(&fake_quantize_backward_cuda, "onebit::fake_quantize_backward", grad, w, rule,
-                     group_size);
-  }
-  const c10::DeviceGuard guard(w.device());
-  auto grad_w = at::empty(w.sizes(), w.options());
-  if (w.numel() == 0) return grad_w;
-  const auto grads = grad.contiguous();
-  GroupArgs args = {};
-  args.grad = grads.const_data_ptr();
-  args.out = grad_w.mutable_data_ptr();
-  launch_groups(Kernel::kFakeQuantizeBackward, w,
-                {group_words(group_size), rule_of(rule), dtype_of(grad)}, args);
+Tensor grad_w_cuda(const LevelOperands& o, Below<Tensor> composite) {
+  check_choice<int64_t>(o);
+  if (!has_level_kernels(o)) return composite();
+  auto grad_w = at::empty(o.w.sizes(), o.w.options());
+  GroupArgs out = {};
+  out.out = grad_w.mutable_data_ptr();
+  launch_groups(Kernel::kFakeQuantizeBackward, o, out);
   return grad_w;
 }
 
-Tensor fake_quantize_affine_cuda(const Tensor& w,
-                                 const Tensor& scales,
-                                 const Tensor& biases,
-                                 int64_t group_size,
-                                 OptionalType dtype) {
-  check_affine<int64_t>(w, scales, biases, group_size);
-  check_output_type(dtype);
-  const auto type = dtype.value_or(w.scalar_type());
-  if (!has_kernels(w) || !has_kernels(scales) || type == at::kDouble) {
-    return composite(&fake_quantize_affine_cuda, "onebit::fake_quantize_affine", w, scales, biases,
-                     group_size, dtype);
-  }
-  const c10::DeviceGuard guard(w.device());
-  auto out = at::empty(w.sizes(), w.options().dtype(type));
-  if (w.numel() == 0) return out;
-  const auto steps = scales.contiguous(), base = biases.contiguous();
-  GroupArgs args = {};
-  args.scales = steps.const_data_ptr();
-  args.biases = base.const_data_ptr();
-  args.out = out.mutable_data_ptr();
-  launch_groups(Kernel::kFakeQuantizeAffine, w,
-                {group_words(group_size), Rule::kMinMax, dtype_of(type), dtype_of(scales)}, args);
-  return out;
-}
-
-std::tuple<Tensor, Tensor> fake_quantize_affine_backward_cuda(const Tensor& grad,
-                                                              const Tensor& w,
-                                                              const Tensor& scales,
-                                                              const Tensor& biases,
-                                                              int64_t group_size) {
-  check_affine<int64_t>(w, scales, biases, group_size);
-  check_gradient<int64_t>(grad, w);
-  if (!has_kernels(w) || !has_kernels(grad) || !has_kernels(scales)) {
-    return composite(&fake_quantize_affine_backward_cuda, "onebit::fake_quantize_affine_backward",
-                     grad, w, scales, biases, group_size);
-  }
-  const c10::DeviceGuard guard(w.device());
-  auto grad_scales = at::empty(scales.sizes(), scales.options());
-  auto grad_biases = at::empty(scales.sizes(), scales.options());
-  if (w.numel() == 0) return {grad_scales, grad_biases};
-  const auto grads = grad.contiguous(), steps = scales.contiguous(), base = biases.contiguous();
-  GroupArgs args = {};
-  args.grad = grads.const_data_ptr();
-  args.scales = steps.const_data_ptr();
-  args.biases = base.const_data_ptr();
-  args.first = grad_scales.mutable_data_ptr();
-  args.second = grad_biases.mutable_data_ptr();
-  launch_groups(Kernel::kFakeQuantizeAffineBackward, w,
-                {group_words(group_size), Rule::kMinMax, dtype_of(grad), dtype_of(scales)}, args);
+GradLevels grad_levels_cuda(const LevelOperands& o, Below<GradLevels> composite) {
+  check_choice<int64_t>(o);
+  if (!has_level_kernels(o)) return composite();
+  auto grad_scales = at::empty(o.scales->sizes(), o.scales->options());
+  auto grad_biases = at::empty(o.scales->sizes(), o.scales->options());
+  GroupArgs out = {};
+  out.first = grad_scales.mutable_data_ptr();
+  out.second = grad_biases.mutable_data_ptr();
+  launch_groups(Kernel::kFakeQuantizeAffineBackward, o, out);
   return {grad_scales, grad_biases};
 }
 
-Tensor flip_bits_cuda(Tensor& bits,
-                      const Tensor& error,
-                      const Tensor& scales,
-                      const Tensor& moments,
-                      int64_t begin,
-                      int64_t end,
-                      int64_t group_size) {
-  const auto sizes = check_flip_bits<int64_t>(bits, error, scales, moments, begin, end, group_size);
-  if (!has_kernels(error)) {
-    return composite(&flip_bits_cuda, "onebit::flip_bits_", bits, error, scales, moments, begin,
-                     end, group_size);
-  }
-  const c10::DeviceGuard guard(bits.device());
-  auto changes = at::empty(sizes, error.options());
+Tensor flip_bits_cuda(const FlipOperands& o, Below<Tensor> composite) {
+  const auto sizes = check_flip_bits<int64_t>(o);
+  if (!has_kernels(o.error)) return composite();
+  const c10::DeviceGuard guard(o.bits.device());
+  auto changes = at::empty(sizes, o.error.options());
   if (changes.numel() == 0) return changes;
-  const auto local = error.narrow(1, begin, end - begin).clone(at::MemoryFormat::Contiguous);
-  const auto steps = scales.contiguous(), square = moments.contiguous();
-  const FlipArgs args = {bits.mutable_data_ptr<bool>(),
+  const int64_t width = o.end - o.begin;
+  const auto local = o.error.narrow(1, o.begin, width).clone(at::MemoryFormat::Contiguous);
+  const auto steps = o.scales.contiguous(), square = o.moments.contiguous();
+  const FlipArgs args = {o.bits.mutable_data_ptr<bool>(),
                          local.mutable_data_ptr<float>(),
                          steps.const_data_ptr<float>(),
                          square.const_data_ptr<float>(),
                          changes.mutable_data_ptr<float>(),
-                         uint32_t(bits.size(0)),
-                         uint32_t(bits.size(1)),
-                         uint32_t(begin),
-                         uint32_t(end - begin)};
-  launch(plan_flip_bits(args, group_words(group_size)), args);
+                         uint32_t(o.bits.size(0)),
+                         uint32_t(o.bits.size(1)),
+                         uint32_t(o.begin),
+                         uint32_t(width)};
+  launch(plan_flip_bits(args, group_words(o.group_size)), args);
   return changes;
 }
 
 }  // namespace
+
 TORCH_LIBRARY_IMPL(onebit, CUDA, m) {
-  m.impl("quantize_levels", &quantize_levels_cuda);
-  m.impl("fake_quantize", &fake_quantize_cuda);
-  m.impl("fake_quantize_backward", &fake_quantize_backward_cuda);
-  m.impl("fake_quantize_affine", &fake_quantize_affine_cuda);
-  m.impl("fake_quantize_affine_backward", &fake_quantize_affine_backward_cuda);
-  m.impl("flip_bits_", &flip_bits_cuda);
+  define_above_composite<QuantizeLevels, quantize_levels_cuda>(m);
+  define_above_composite<FakeQuantize, fake_quantize_cuda>(m);
+  define_above_composite<FakeQuantizeAffine, fake_quantize_cuda>(m);
+  define_above_composite<FakeQuantizeBackward, grad_w_cuda>(m);
+  define_above_composite<FakeQuantizeAffineBackward, grad_levels_cuda>(m);
+  define_above_composite<FlipBits, flip_bits_cuda>(m);
 }
 
 }  // namespace onebit::cuda

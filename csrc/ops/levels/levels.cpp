@@ -4,8 +4,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <tuple>
-
 #include "rules.h"
 
 TORCH_LIBRARY_FRAGMENT(onebit, m) {
@@ -38,74 +36,38 @@ Tensor empty(const Sizes<SymInt>& sizes, const Tensor& like, at::ScalarType dtyp
   return at::empty_symint(sizes, like.options().dtype(dtype));
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_levels_meta(const Tensor& w,
-                                                        c10::string_view rule,
-                                                        int64_t group_size,
-                                                        const OptionalTensor& importance) {
-  const auto shape = check_quantize_levels<SymInt>(w, rule, group_size, importance);
-  return {empty(shape.packed, w, at::kInt), empty(shape.scales, w, w.scalar_type()),
-          empty(shape.scales, w, w.scalar_type())};
+QuantizedLevels quantize_levels_meta(const LevelOperands& o) {
+  const auto shape = check_choice<SymInt>(o);
+  const auto type = o.w.scalar_type();
+  return {empty(shape.packed, o.w, at::kInt), empty(shape.scales, o.w, type),
+          empty(shape.scales, o.w, type)};
 }
 
-Tensor fake_quantize_meta(const Tensor& w,
-                          c10::string_view rule,
-                          int64_t group_size,
-                          OptionalType dtype) {
-  check_quantize_levels<SymInt>(w, rule, group_size, std::nullopt);
-  check_output_type(dtype);
-  return empty(sizes_of<SymInt>(w), w, dtype.value_or(w.scalar_type()));
+Tensor fake_quantize_meta(const LevelOperands& o) {
+  check_choice<SymInt>(o);
+  return empty(sizes_of<SymInt>(o.w), o.w, o.result_type());
 }
 
-Tensor fake_quantize_backward_meta(const Tensor& grad,
-                                   const Tensor& w,
-                                   c10::string_view rule,
-                                   int64_t group_size) {
-  check_quantize_levels<SymInt>(w, rule, group_size, std::nullopt);
-  check_gradient<SymInt>(grad, w);
-  return empty(sizes_of<SymInt>(w), w, w.scalar_type());
+GradLevels grad_levels_meta(const LevelOperands& o) {
+  const auto shape = check_choice<SymInt>(o);
+  const auto type = o.scales->scalar_type();
+  return {empty(shape.scales, o.w, type), empty(shape.scales, o.w, type)};
 }
 
-Tensor fake_quantize_affine_meta(const Tensor& w,
-                                 const Tensor& scales,
-                                 const Tensor& biases,
-                                 int64_t group_size,
-                                 OptionalType dtype) {
-  check_affine<SymInt>(w, scales, biases, group_size);
-  check_output_type(dtype);
-  return empty(sizes_of<SymInt>(w), w, dtype.value_or(w.scalar_type()));
-}
-
-std::tuple<Tensor, Tensor> fake_quantize_affine_backward_meta(const Tensor& grad,
-                                                              const Tensor& w,
-                                                              const Tensor& scales,
-                                                              const Tensor& biases,
-                                                              int64_t group_size) {
-  check_affine<SymInt>(w, scales, biases, group_size);
-  check_gradient<SymInt>(grad, w);
-  const auto sizes = sizes_of<SymInt>(scales);
-  return {empty(sizes, w, scales.scalar_type()), empty(sizes, w, scales.scalar_type())};
-}
-
-Tensor flip_bits_meta(Tensor& bits,
-                      const Tensor& error,
-                      const Tensor& scales,
-                      const Tensor& moments,
-                      int64_t begin,
-                      int64_t end,
-                      int64_t group_size) {
-  const auto sizes = check_flip_bits<SymInt>(bits, error, scales, moments, begin, end, group_size);
-  return empty(sizes, error, error.scalar_type());
+Tensor flip_bits_meta(const FlipOperands& o) {
+  const auto sizes = check_flip_bits<SymInt>(o);
+  return empty(sizes, o.error, o.error.scalar_type());
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, Meta, m) {
-  m.impl("quantize_levels", &quantize_levels_meta);
-  m.impl("fake_quantize", &fake_quantize_meta);
-  m.impl("fake_quantize_backward", &fake_quantize_backward_meta);
-  m.impl("fake_quantize_affine", &fake_quantize_affine_meta);
-  m.impl("fake_quantize_affine_backward", &fake_quantize_affine_backward_meta);
-  m.impl("flip_bits_", &flip_bits_meta);
+  define<QuantizeLevels, quantize_levels_meta>(m);
+  define<FakeQuantize, fake_quantize_meta>(m);
+  define<FakeQuantizeAffine, fake_quantize_meta>(m);
+  define<FakeQuantizeBackward, fake_quantize_meta>(m);
+  define<FakeQuantizeAffineBackward, grad_levels_meta>(m);
+  define<FlipBits, flip_bits_meta>(m);
 }
 
 }  // namespace onebit

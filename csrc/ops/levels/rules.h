@@ -4,10 +4,9 @@
 #include <string_view>
 
 #include "../codec/rules.h"
+#include "operands.h"
 
 namespace onebit {
-
-using OptionalType = std::optional<at::ScalarType>;
 
 inline Rule rule_of(std::string_view name) {
   if (name == "minmax") return Rule::kMinMax;
@@ -19,66 +18,51 @@ inline Rule rule_of(std::string_view name) {
 
 // importance is one value per column of w, or one per value of w.
 template <class Int>
-void check_importance(const OptionalTensor& importance, const Tensor& w, std::string_view rule) {
-  if (!importance) return;
+void check_importance(const Tensor& importance, const Tensor& w, std::string_view rule) {
   TORCH_CHECK_VALUE(rule == "sign" || rule == "optimal",
                     "rule must be sign or optimal when importance is given, got ", rule);
-  check_values("importance", *importance);
-  check_same_device("importance", *importance, w);
+  check_values("importance", importance);
+  check_same_device("importance", importance, w);
   const auto sizes = sizes_of<Int>(w);
   const Sizes<Int> columns{sizes.back()};
-  if (importance->dim() == 1) {
-    check_sizes<Int>("importance", *importance, columns, " (one per column of w)");
+  if (importance.dim() == 1) {
+    check_sizes<Int>("importance", importance, columns, " (one per column of w)");
   } else {
-    check_sizes<Int>("importance", *importance, sizes, " (as w)");
+    check_sizes<Int>("importance", importance, sizes, " (as w)");
   }
 }
 
+// Returns the shape of what quantize_levels returns.
 template <class Int>
-QuantizeShape<Int> check_quantize_levels(const Tensor& w,
-                                         std::string_view rule,
-                                         int64_t group_size,
-                                         const OptionalTensor& importance) {
-  const auto shape = check_quantize<Int>(w, group_size);
-  rule_of(rule);
-  check_importance<Int>(importance, w, rule);
+QuantizeShape<Int> check_choice(const LevelOperands& o) {
+  const auto shape = check_quantize<Int>(o.w, o.group_size);
+  if (o.given()) {
+    for (const auto& [name, t] : {std::pair("scales", o.scales), std::pair("biases", o.biases)}) {
+      check_values(name, *t);
+      check_same_device(name, *t, o.w);
+      check_sizes<Int>(name, *t, shape.scales, " (one per group of w)");
+    }
+    TORCH_CHECK_VALUE(o.biases->scalar_type() == o.scales->scalar_type(),
+                      "biases must have the dtype of scales (", o.scales->scalar_type(), "), got ",
+                      o.biases->scalar_type());
+  } else {
+    rule_of(o.rule);
+  }
+  if (o.importance) check_importance<Int>(*o.importance, o.w, o.rule);
+  TORCH_CHECK_VALUE(!o.dtype || is_value_type(*o.dtype),
+                    "dtype must be float32, float16, bfloat16 or float64, got ", *o.dtype);
+  if (o.grad) {
+    check_values("grad", *o.grad);
+    check_same_device("grad", *o.grad, o.w);
+    check_sizes<Int>("grad", *o.grad, sizes_of<Int>(o.w), " (as w)");
+  }
   return shape;
 }
 
-inline void check_output_type(const OptionalType& dtype) {
-  TORCH_CHECK_VALUE(!dtype || is_value_type(*dtype),
-                    "dtype must be float32, float16, bfloat16 or float64, got ", *dtype);
-}
-
+// Returns [n, end - begin].
 template <class Int>
-void check_gradient(const Tensor& grad, const Tensor& w) {
-  check_values("grad", grad);
-  check_same_device("grad", grad, w);
-  check_sizes<Int>("grad", grad, sizes_of<Int>(w), " (as w)");
-}
-
-template <class Int>
-void check_affine(const Tensor& w, const Tensor& scales, const Tensor& biases, int64_t group_size) {
-  const auto shape = check_quantize<Int>(w, group_size);
-  for (const auto& [name, t] : {std::pair("scales", scales), std::pair("biases", biases)}) {
-    check_values(name, t);
-    check_same_device(name, t, w);
-    check_sizes<Int>(name, t, shape.scales, " (one per group of w)");
-  }
-  TORCH_CHECK_VALUE(biases.scalar_type() == scales.scalar_type(),
-                    "biases must have the dtype of scales (", scales.scalar_type(), "), got ",
-                    biases.scalar_type());
-}
-
-// bits, error [n, k], scales [n, k / group_size], moments [k, k]. Returns [n, end - begin].
-template <class Int>
-Sizes<Int> check_flip_bits(const Tensor& bits,
-                           const Tensor& error,
-                           const Tensor& scales,
-                           const Tensor& moments,
-                           int64_t begin,
-                           int64_t end,
-                           int64_t group_size) {
+Sizes<Int> check_flip_bits(const FlipOperands& o) {
+  const auto& [bits, error, scales, moments, begin, end, group_size] = o;
   check_group_size(group_size);
   check_dense("bits", bits);
   TORCH_CHECK_VALUE(bits.scalar_type() == at::kBool, "bits must be bool, got ", bits.scalar_type());
