@@ -231,7 +231,7 @@ def test_layers_of_other_bits_are_an_error_or_dense(bits, tmp_path):
     model = load_checkpoint(tmp_path, Net(), other_bits="dequantize")
     assert type(model.down) is nn.Linear
     assert torch.equal(model.down.weight, torch.from_numpy(np.array(dense)))
-    with pytest.raises(CheckpointError, match=f"down must be of 1 bit as in the model, got {bits}"):
+    with pytest.raises(CheckpointError, match=f"down must be of 1 bit in this model, got {bits}"):
         load_checkpoint(tmp_path, make(), other_bits="dequantize")
 
 

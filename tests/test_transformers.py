@@ -306,7 +306,7 @@ ARCHITECTURES = [
     ("phi", "CausalLM", SMALL, {}, [], 14, set()),
     ("qwen3_moe", "CausalLM", {**SMALL, **MOE, "head_dim": 32}, {}, [], 16, {"Qwen3MoeTopKRouter"}),
     ("gemma", "CausalLM", {**SMALL, "head_dim": 32}, {}, [], 14, SCALED),
-    ("gpt2", "CausalLM", GPT2, {}, [], 3, {"Conv1D"}),
+    ("gpt2", "CausalLM", GPT2, {}, [], 11, set()),
     ("bert", "MaskedLM", SMALL, {}, [], 17, set()),
     ("albert", "MaskedLM", {**SMALL, "embedding_size": 32}, {}, [], 12, set()),
     ("vit", "ImageClassification", VIT, PIXELS, [], 13, {"Conv2d", "ViTEmbeddings"}),

@@ -11,7 +11,15 @@ from tqdm.auto import tqdm
 
 from torch_onebit.checkpoint import CheckpointError, GGUFCheckpoint, Layer, MLXCheckpoint, Source
 from torch_onebit.checks import check_model
-from torch_onebit.float_layers import experts_obstacle, is_experts, projection_shapes
+from torch_onebit.float_layers import (
+    experts_obstacle,
+    is_conv1d,
+    is_embedding,
+    is_experts,
+    is_linear,
+    matrix,
+    projection_shapes,
+)
 from torch_onebit.nn import (
     OneBitEmbedding,
     OneBitExperts,
@@ -25,6 +33,7 @@ from torch_onebit.skeleton import skeleton
 from torch_onebit.symmetric import symmetrize_
 
 OTHER_BITS = ("error", "dequantize")
+_LAYERS = (OneBitLinear, OneBitEmbedding)
 
 
 def load_checkpoint(
@@ -311,7 +320,7 @@ def _experts(
             layer = source.layer(stored_as, shapes[name][-1])
             _check_shape(stored_as, layer.shape, shapes[name])
             if packed and not layer.one_bit:
-                raise CheckpointError(f"{stored_as} must be of 1 bit as in the model, got {layer}")
+                raise CheckpointError(f"{stored_as} must be of 1 bit in this model, got {layer}")
             stacks[name] = (stored_as, layer)
         found[path] = stacks
     return found
@@ -332,7 +341,7 @@ def _check_same(
 def _swapped(module: nn.Module, tensors: tuple[Any, ...], group_size: int) -> OneBitModule:
     """The 1-bit layer that takes a module's place."""
     new: OneBitModule
-    if isinstance(module, (nn.Linear, OneBitLinear)):
+    if is_linear(module) or isinstance(module, OneBitLinear):
         new = OneBitLinear.from_packed(*tensors, module.bias, group_size=group_size)
     else:
         float_rows = isinstance(module, nn.Embedding)
@@ -371,15 +380,15 @@ def _matrix_shape(path: str, module: nn.Module) -> tuple[int, ...]:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise _wrong_kind(path, module)
-    return tuple(weight.shape)
+    return tuple(matrix(module).shape)
 
 
 def _check_kind(path: str, module: nn.Module, layer: Layer) -> None:
     """Whether a module can hold what the file has for it."""
     if not layer.one_bit:
-        if isinstance(module, OneBitModule):
-            raise CheckpointError(f"{path} must be of 1 bit as in the model, got {layer}")
-    elif type(module) not in (nn.Linear, nn.Embedding, OneBitLinear, OneBitEmbedding):
+        if isinstance(module, OneBitModule) or is_conv1d(module):
+            raise CheckpointError(f"{path} must be of 1 bit in this model, got {layer}")
+    elif not (is_linear(module) or is_embedding(module) or isinstance(module, _LAYERS)):
         raise _wrong_kind(path, module)
 
 

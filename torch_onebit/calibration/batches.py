@@ -19,8 +19,10 @@ def as_calls(model: nn.Module, batches: Iterable[Any]) -> tuple[list[Call], str]
     A mapping is keyword arguments, or the one argument of a model that takes one under another
     name; keys that forward does not take are left out. A tuple or list is positional arguments:
     values that forward cannot take are left out, and of a DataLoader's also those that it does not
-    require, which are labels as often as not. Anything else is the first argument. Tensors move to
-    the device of the model, if it has one.
+    require, which are labels as often as not; a single value is the first argument, and so is
+    anything else. ``use_cache`` is false unless a batch says otherwise: a cache that goes from
+    block to block hides that they are a chain. Tensors move to the device of the model, if it has
+    one.
 
     Raises:
         ValueError: no batches, or batches that do not say which arguments they are.
@@ -36,6 +38,8 @@ def as_calls(model: nn.Module, batches: Iterable[Any]) -> tuple[list[Call], str]
         raise ValueError("batches must hold at least one batch, got none")
     devices = {t.device for t in model.parameters()}
     calls = [call for call, _ in readings]
+    if "use_cache" in parameters.named:
+        calls = [(args, {"use_cache": False, **named}) for args, named in calls]
     words = list(dict.fromkeys(text for _, text in readings))
     if len(devices) == 1:
         device = devices.pop()
@@ -126,7 +130,7 @@ class _Parameters:
     def _read_sequence(self, batch: tuple[Any, ...], loader: bool) -> tuple[Call, str]:
         least, most = len(self.required), len(self.required) + len(self.optional)
         count, kind = len(batch), f"tuple of {len(batch)}"
-        ambiguous = count > least and loader and (self.optional or self.any_positional)
+        ambiguous = count > max(least, 1) and loader and (self.optional or self.any_positional)
         if self.any_positional:
             most = max(most, count)
         if count < least or (count > most > max(least, 1)) or (ambiguous and not least):

@@ -16,7 +16,15 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from torch_onebit.checkpoint import CheckpointError
 from torch_onebit.checkpoint.mlx import description
 from torch_onebit.checks import LEVEL_DTYPES, check_model
-from torch_onebit.float_layers import experts_obstacle, is_experts, projection_shapes
+from torch_onebit.float_layers import (
+    experts_obstacle,
+    is_conv1d,
+    is_embedding,
+    is_experts,
+    is_linear,
+    matrix,
+    projection_shapes,
+)
 from torch_onebit.methods import quantize_weight
 from torch_onebit.nn import OneBitEmbedding, OneBitExperts, OneBitLinear, OneBitModule, tie
 from torch_onebit.quantizing import dequantize_
@@ -37,6 +45,7 @@ class OneBitQuantizer(HfQuantizer):
         super().__init__(quantization_config, **options)
         self._ties: dict[str, str] = {}  # paths of layers: the tied one, the one that has weights
         self._experts: set[str] = set()  # paths of those to quantize on load
+        self._transposed: set[str] = set()  # and those of layers that store their transpose
         self._stored: StoredLayers | None = None
         self._model: weakref.ref[nn.Module] | None = None
 
@@ -52,6 +61,7 @@ class OneBitQuantizer(HfQuantizer):
         else:
             wanted = {path: self._options(layer) for path, layer in self._chosen(model)}
             self._experts = {path for path in wanted if is_experts(model.get_submodule(path))}
+            self._transposed = {path for path in wanted if is_conv1d(model.get_submodule(path))}
         tied = {
             target.removesuffix(".weight"): source.removesuffix(".weight")
             for target, source in model.all_tied_weights_keys.items()
@@ -96,7 +106,7 @@ class OneBitQuantizer(HfQuantizer):
         return (packed or path in self._experts) and not self.pre_quantized
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self.quantization_config)
+        return _Quantize(self.quantization_config, self._transposed)
 
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: nn.Module
@@ -208,15 +218,16 @@ class OneBitQuantizer(HfQuantizer):
 class _Quantize(ConversionOps):
     """A float weight, as it comes from the file, to packed words and levels."""
 
-    def __init__(self, config: OneBitConfig) -> None:
+    def __init__(self, config: OneBitConfig, transposed: set[str]) -> None:
         self._config = config
+        self._transposed = transposed
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **options: Any) -> dict[str, Tensor]:
         name, value = next(iter(input_dict.items()))
         weight = value[0] if isinstance(value, list) else value
         path, _, entry = name.rpartition(".")
         if entry == "weight":
-            return self._packed(path, weight)
+            return self._packed(path, weight.t() if path in self._transposed else weight)
         model = options["model"]
         experts = model.get_submodule(path)
         if is_experts(experts):
@@ -285,8 +296,8 @@ def _fits(layer: nn.Module, group_size: int) -> bool:
         shapes = projection_shapes(layer).values()
         return experts_obstacle(layer) is None and not any(s[-1] % group_size for s in shapes)
     return (
-        type(layer) in (nn.Linear, nn.Embedding)
-        and layer.weight.shape[1] % group_size == 0
+        (is_linear(layer) or is_embedding(layer))
+        and matrix(layer).shape[1] % group_size == 0
         and layer.weight.dtype in LEVEL_DTYPES
         and getattr(layer, "max_norm", None) is None
     )
@@ -299,9 +310,9 @@ def _empty(path: str, layer: nn.Module, options: dict[str, Any]) -> nn.Module:
         sizes = (layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
         dtype = layer.weight.dtype  # the model's: levels may have another
         new = OneBitEmbedding(*sizes, device="meta", output_dtype=dtype, **options)
-    elif isinstance(layer, nn.Linear):
-        sizes = (layer.in_features, layer.out_features, False)
-        new = OneBitLinear(*sizes, device="meta", **options)
+    elif is_linear(layer):
+        rows, columns = matrix(layer).shape
+        new = OneBitLinear(columns, rows, False, device="meta", **options)
         new.bias = layer.bias
     elif is_experts(layer):
         each = {name: options.get(name, options) for name in projection_shapes(layer)}

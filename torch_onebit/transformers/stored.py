@@ -19,7 +19,15 @@ from transformers.core_model_loading import (
 
 from torch_onebit.checkpoint import CheckpointError, Layer, MLXCheckpoint
 from torch_onebit.checkpoint.mlx import ENTRIES, decode_affine
-from torch_onebit.float_layers import experts_obstacle, is_experts, projection_shapes
+from torch_onebit.float_layers import (
+    experts_obstacle,
+    is_conv1d,
+    is_embedding,
+    is_experts,
+    is_linear,
+    matrix,
+    projection_shapes,
+)
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 EXPERTS = WeightRenaming(r"\.switch_mlp\.", ".experts.")  # mlx-lm's name for them
@@ -74,7 +82,7 @@ def read_layers(
         if is_experts(module) and experts_obstacle(module) is None
     }
     shapes = {
-        path: tuple(module.weight.shape)
+        path: tuple(matrix(module).shape)
         for path, module in modules.items()
         if isinstance(getattr(module, "weight", None), Tensor)
     }
@@ -92,7 +100,9 @@ def read_layers(
                 f"got {list(layer.shape)}"
             )
         module = modules.get(name)
-        if layer.one_bit and module and type(module) not in (nn.Linear, nn.Embedding):
+        if module and is_conv1d(module) and not layer.one_bit:
+            raise CheckpointError(f"{name} must be of 1 bit in this model, got {layer}")
+        if layer.one_bit and module and not (is_linear(module) or is_embedding(module)):
             raise CheckpointError(
                 f"{name} must be an nn.Linear or nn.Embedding (no subclass) to hold 1-bit weights, "
                 f"got {type(module).__name__}"
