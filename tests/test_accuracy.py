@@ -38,6 +38,10 @@ CASES = [
     (Case("over many magnitudes", "low is 0", "one set", BRAIN), "too wide for one step"),
     (Case("sharp softmax", "low is 0", "one set elsewhere", BRAIN, group=64), "a few large values"),
     (Case("sorted", "high is near 0", "one clear", HALF, HALF, group=32, m=8), "like values"),
+    (
+        Case("sorted", "high is near 0", "one clear", HALF, HALF, 32, 8, 300, 2, 44),
+        "one small value of a group",
+    ),
     (Case("trained", "symmetric", "random", BRAIN), "activations of a trained network"),
     (Case("ones", "any", "random", n=256, transpose=False), "sums over rows of weights"),
     (

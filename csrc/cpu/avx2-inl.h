@@ -14,6 +14,7 @@ struct Avx2 {
   using Ints = __m256i;
   using Mask = __m256;  // the sign of a lane
   static constexpr int kLanes = 8;
+  static constexpr int kRegisters = 16;
 
   static ONEBIT_INLINE Vec zero() { return _mm256_setzero_ps(); }
   static ONEBIT_INLINE Vec set(float v) { return _mm256_set1_ps(v); }
@@ -59,6 +60,11 @@ struct Avx2 {
         _mm256_blendv_ps(_mm256_castsi256_ps(b), _mm256_castsi256_ps(a), mask));
   }
   static ONEBIT_INLINE Mask negative(Vec v) { return v; }
+  // Negative in the lanes where v is and a and b differ in sign.
+  static ONEBIT_INLINE Vec keep_negative(Vec v, Vec a, Vec b) {
+    return _mm256_and_ps(v, _mm256_xor_ps(a, b));
+  }
+  static ONEBIT_INLINE bool all_negative(Vec v) { return _mm256_movemask_ps(v) == 0xff; }
   static ONEBIT_INLINE Mask bit_of(const uint32_t* p, int bit) {
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm256_castsi256_ps(_mm256_sll_epi32(words, _mm_cvtsi32_si128(31 - bit)));

@@ -14,6 +14,7 @@ struct Avx512 {
   using Ints = __m512i;
   using Mask = __mmask16;
   static constexpr int kLanes = 16;
+  static constexpr int kRegisters = 32;
 
   static ONEBIT_INLINE Vec zero() { return _mm512_setzero_ps(); }
   static ONEBIT_INLINE Vec set(float v) { return _mm512_set1_ps(v); }
@@ -54,6 +55,12 @@ struct Avx512 {
     return _mm512_mask_blend_epi32(mask, b, a);
   }
   static ONEBIT_INLINE Mask negative(Vec v) { return _mm512_movepi32_mask(_mm512_castps_si512(v)); }
+  // Negative in the lanes where v is and a and b differ in sign.
+  static ONEBIT_INLINE Vec keep_negative(Vec v, Vec a, Vec b) {
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
+        _mm512_castps_si512(v), _mm512_castps_si512(a), _mm512_castps_si512(b), 0x60));
+  }
+  static ONEBIT_INLINE bool all_negative(Vec v) { return negative(v) == 0xffff; }
   static ONEBIT_INLINE Mask bit_of(const uint32_t* p, int bit) {
     return _mm512_test_epi32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(int(1u << bit)));
   }

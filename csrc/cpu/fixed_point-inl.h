@@ -36,16 +36,41 @@ constexpr float kLeastSum = 0x1p-90f, kMostSum = 0x1p90f;
 
 enum class Fit { kNone, kCoarse, kGood };
 
-// One plane of x. It is coarse when the rests are more of x than the tolerance, or when 3 of 4
-// values have a rest above it: measured by their number too, for weights may be zero where the
-// large ones are. Few values count as if they were 2 less.
+// x[i] - step * q[i]
+template <class L>
+ONEBIT_INLINE typename L::Vec rest_of(typename L::Vec x, float step) {
+  const auto q = L::to_floats(L::round(L::mul(x, L::set(1 / step))));
+  return L::fnma(L::set(step), q, x);
+}
+
+// Whether a step is too coarse: the rests are more of x than half the tolerance, or 3 of 4 values
+// have a rest above it; measured by their number too, for weights may be zero where the large ones
+// are. Few values count as if they were 2 less. Sums of a wide plane lose nothing where values are
+// alike: those have no rest.
+template <class L, int kCount, bool kWide>
+__attribute__((noinline)) bool is_coarse(
+    const float* x, const float* original, float tolerance, float step, float size_of_all) {
+  auto lost = L::zero();
+  int coarse = 0, all = 0;
+  ONEBIT_UNROLL
+  for (int i = 0; i < kCount; i += L::kLanes) {
+    const auto size = L::abs(L::load(original + i));
+    const auto loss = L::abs(rest_of<L>(L::load(x + i), step));
+    lost = L::add(lost, loss);
+    coarse += __builtin_popcount(L::greater_bits(loss, L::mul(size, L::set(tolerance))));
+    all += __builtin_popcount(L::greater_bits(size, L::zero()));
+  }
+  if (coarse > 0 && 4 * coarse + 8 > 3 * all) return true;
+  return !kWide && L::sum(lost) > 0.5f * tolerance * size_of_all;
+}
+
+// One plane of x.
 template <class L, class Integer, int kCount>
 ONEBIT_INLINE Fit make_plane(const float* x,
                              const float* original,
                              float tolerance,
                              Planes<Integer, kCount>& planes,
-                             int plane,
-                             float* rest) {
+                             int plane) {
   constexpr bool kWide = sizeof(Integer) == 4;
   // Each value may round up by half. Sums of 16-bit planes are widened before they are subtracted
   // from each other, so that only those of one sign must fit.
@@ -62,56 +87,57 @@ ONEBIT_INLINE Fit make_plane(const float* x,
   if (!kWide) most = 0.5f * (most + __builtin_fabsf(L::sum(values)));
   if (!(most == 0 || (most >= kLeastSum && most <= kMostSum))) return Fit::kNone;
   const uint32_t exponent = (bits_of(most * (1 / kLimit)) + 0x7fffff) & 0x7f800000;
-  const auto step = L::set(float_of(exponent)), inverse = L::set(float_of(0x7f000000 - exponent));
+  const float step = float_of(exponent), largest_rest = 0.5f * step;
+  const auto inverse = L::set(float_of(0x7f000000 - exponent));
+  const auto large = L::set(largest_rest * (1 / tolerance));  // has no rest above the tolerance
   auto sum = L::ints(0);
-  auto lost = L::zero();
-  int coarse = 0, all = 0;
+  int good = 0;
   ONEBIT_UNROLL
   for (int i = 0; i < kCount; i += L::kLanes) {
-    const auto v = L::load(x + i);
-    const auto q = L::round(L::mul(v, inverse));
-    const auto left = L::fnma(step, L::to_floats(q), v);
-    const auto size = L::abs(L::load(original + i)), loss = L::abs(left);
+    const auto q = L::round(L::mul(L::load(x + i), inverse));
     L::store_ints(planes.q[plane] + i, kWide ? L::add_ints(q, q) : q);
-    L::store(rest + i, left);
     sum = L::add_ints(sum, q);
-    lost = L::add(lost, loss);
-    coarse += __builtin_popcount(L::greater_bits(loss, L::mul(size, L::set(tolerance))));
-    all += __builtin_popcount(L::greater_bits(size, L::zero()));
+    good += __builtin_popcount(L::greater_bits(L::abs(L::load(original + i)), large));
   }
-  planes.step[plane] = float_of(exponent);
+  planes.step[plane] = step;
   planes.sum[plane] = L::sum_ints(sum);
-  const bool many = coarse > 0 && 4 * coarse + 8 > 3 * all;
-  // Sums of a wide plane lose nothing where values are alike: those have no rest.
-  const bool much = !kWide && L::sum(lost) > 0.5f * tolerance * size_of_all;
-  return many || much ? Fit::kCoarse : Fit::kGood;
+  // Mostly seen without a look at the rests.
+  if (4 * good >= kCount + 8 &&
+      (kWide || kCount * largest_rest <= 0.5f * tolerance * size_of_all)) {
+    return Fit::kGood;
+  }
+  return is_coarse<L, kCount, kWide>(x, original, tolerance, step, size_of_all) ? Fit::kCoarse
+                                                                                : Fit::kGood;
 }
 
 template <class L, class Integer, int kCount>
 ONEBIT_INLINE void to_planes(const float* x, DType dtype, Planes<Integer, kCount>& planes) {
-  alignas(64) float rest[kCount];
   const float tolerance = tolerance_of(dtype);
-  const Fit first = make_plane<L>(x, x, tolerance, planes, 0, rest);
+  const Fit first = make_plane<L>(x, x, tolerance, planes, 0);
   planes.count = first == Fit::kGood;
   if (__builtin_expect(first == Fit::kCoarse, 0)) {
-    planes.count = make_plane<L>(rest, x, tolerance, planes, 1, rest) == Fit::kGood ? 2 : 0;
+    alignas(64) float rest[kCount];
+    for (int i = 0; i < kCount; i += L::kLanes) {
+      L::store(rest + i, rest_of<L>(L::load(x + i), planes.step[0]));
+    }
+    planes.count = make_plane<L>(rest, x, tolerance, planes, 1) == Fit::kGood ? 2 : 0;
   }
 }
 
 // With the two levels of a weight low = bias and high = scale + bias, and the sums of a group over
 // clear and set bits, a product is low * clear + high * set. If either is large and meets a level
 // near zero, or both are and their products cancel, it must not be computed from a sum and a
-// difference that were rounded. Levels of about one size, the usual ones:
+// difference that were rounded. Levels on both sides of 0, neither 3 times the other, the usual
+// ones:
 //
 //   product = scale / 2 * (set - clear) + (low + high) / 2 * (sum of the group)
 //
 // where wide sums come as the difference, exact (16-bit sums are short enough for scale * set +
-// bias
-// * all). Others, with v the sum that the larger level meets:
+// bias * all). Others, with v the sum that the larger level meets:
 //
 //   product = (low + high) * v - smaller * (v - (sum of the group - v))
 //
-// A level of zero then leaves the first term.
+// A level of zero then leaves the first term. A product is rounded once more when it is added.
 template <class L>
 class Levels {
  public:
@@ -119,23 +145,26 @@ class Levels {
   using Ints = typename L::Ints;
   static constexpr bool kWide = sizeof(typename L::Integer) == 4;
 
-  ONEBIT_INLINE Levels(Vec scale, Vec bias) : scale_(scale), bias_(bias) {
-    const Vec middle = L::fma(L::set(0.5f), scale, bias);
-    lopsided_ = L::greater_bits(L::abs(middle), L::mul(L::set(0.25f), L::abs(scale))) != 0;
-    first_ = kWide ? L::mul(L::set(0.5f), scale) : scale;
-    second_ = kWide ? middle : bias;
+  ONEBIT_INLINE Levels(Vec scale, Vec bias) : scale_(scale), bias_(bias) {}
+
+  // Negative in the lanes where `usual` was and these levels are usual.
+  ONEBIT_INLINE Vec keep_usual(Vec usual) const {
+    return L::keep_negative(usual, L::fma(L::set(0.75f), scale_, bias_),
+                            L::fma(L::set(0.25f), scale_, bias_));
+  }
+  ONEBIT_INLINE bool are_usual() const { return L::all_negative(keep_usual(L::set(-1))); }
+
+  // to + the product of one group of usual levels. `sums` is what L::tile emits: set - clear if
+  // wide, set if not; `unit` what they count, half a step or a step; `all` the sum of the group in
+  // units.
+  ONEBIT_INLINE Vec add_usual(Vec to, Ints sums, float unit, float all) const {
+    const Vec second = kWide ? L::fma(L::set(0.5f), scale_, bias_) : bias_;
+    const Vec product = L::fma(second, L::set(all), L::mul(scale_, L::to_floats(sums)));
+    return L::fma(L::set(unit), product, to);
   }
 
-  // to + step * the product of one group, whose sum is `all`; `sums` is what L::tile emits: set -
-  // clear if wide, set if not.
-  ONEBIT_INLINE Vec add_to(Vec to, Ints sums, int32_t all, float step) const {
-    if (__builtin_expect(lopsided_, 0)) return add_lopsided(to, sums, all, step);
-    const Vec product = L::mul(first_, L::to_floats(sums));
-    return L::fma(second_, L::set(step * float(all)), L::fma(L::set(step), product, to));
-  }
-
- private:
-  ONEBIT_INLINE Vec add_lopsided(Vec to, Ints sums, int32_t group, float step) const {
+  // The same for any levels, with the sum of the group in steps.
+  ONEBIT_INLINE Vec add_any(Vec to, Ints sums, float unit, int32_t group) const {
     const Ints all = L::ints(group), set = kWide ? L::half_sum(sums, all) : sums;
     const Vec both = L::fma(L::set(2), bias_, scale_);
     const auto low_larger = L::negative(L::exclusive_or(scale_, both));  // high^2 - low^2 < 0
@@ -143,11 +172,12 @@ class Levels {
     const Ints v = L::choose(low_larger, L::sub_ints(all, set), set);
     const Ints difference = L::sub_ints(L::add_ints(v, v), all);
     const Vec product = L::mul(both, L::to_floats(v));
-    return L::fma(L::set(step), L::fnma(smaller, L::to_floats(difference), product), to);
+    return L::fma(L::set(kWide ? 2 * unit : unit),
+                  L::fnma(smaller, L::to_floats(difference), product), to);
   }
 
-  Vec scale_, bias_, first_, second_;
-  bool lopsided_;
+ private:
+  Vec scale_, bias_;
 };
 
 }  // namespace

@@ -14,6 +14,7 @@ struct Neon {
   using Ints = int32x4_t;
   using Mask = uint32x4_t;
   static constexpr int kLanes = 4;
+  static constexpr int kRegisters = 32;
 
   static ONEBIT_INLINE Vec zero() { return vdupq_n_f32(0); }
   static ONEBIT_INLINE Vec set(float v) { return vdupq_n_f32(v); }
@@ -45,6 +46,12 @@ struct Neon {
   static ONEBIT_INLINE Vec choose(Mask mask, Vec a, Vec b) { return vbslq_f32(mask, a, b); }
   static ONEBIT_INLINE Ints choose(Mask mask, Ints a, Ints b) { return vbslq_s32(mask, a, b); }
   static ONEBIT_INLINE Mask negative(Vec v) { return vcltzq_s32(vreinterpretq_s32_f32(v)); }
+  // Negative in the lanes where v is and a and b differ in sign.
+  static ONEBIT_INLINE Vec keep_negative(Vec v, Vec a, Vec b) {
+    return vreinterpretq_f32_u32(
+        vandq_u32(vreinterpretq_u32_f32(v), vreinterpretq_u32_f32(exclusive_or(a, b))));
+  }
+  static ONEBIT_INLINE bool all_negative(Vec v) { return vminvq_u32(negative(v)) != 0; }
   static ONEBIT_INLINE Mask bit_of(const uint32_t* p, int bit) {
     return vtstq_u32(vld1q_u32(p), vdupq_n_u32(1u << bit));
   }

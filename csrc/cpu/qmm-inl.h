@@ -142,10 +142,19 @@ ONEBIT_INLINE void collect(const uint32_t* index,
 // What the tables of one group for kM rows of x stand for.
 template <int kM>
 struct Group {
-  int planes;      // tables to look up from; where a row needs fewer, its others are zeros
-  uint32_t plain;  // bit i: row i is in no table, but multiplied value by value
-  float step[2][kM];
-  int32_t sum[2][kM];
+  int planes;          // tables to look up from; where a row needs fewer, its others are zeros
+  uint32_t plain;      // bit i: row i is in no table, but multiplied value by value
+  float unit[2][kM];   // of the sums that are looked up
+  float all[2][kM];    // the sum of the group in units
+  int32_t sum[2][kM];  // the same in steps
+
+  template <class Planes>
+  ONEBIT_INLINE void set(int plane, int row, const Planes& planes) {
+    constexpr int kUnits = sizeof(planes.q[0][0]) == 4 ? 2 : 1;  // in a step
+    unit[plane][row] = planes.step[plane] * (1.0f / kUnits);
+    all[plane][row] = float(planes.sum[plane]) * kUnits;
+    sum[plane][row] = planes.sum[plane];
+  }
 };
 
 // Tables of one group for kM rows of x from row m on; `second` is written only where it is needed.
@@ -172,18 +181,17 @@ ONEBIT_INLINE void build_tables(const Activations& x,
       std::memset(planes.q[0], 0, sizeof planes.q[0]);
     }
     L::template build<kM, kWords>(Numbers(planes.q[0]), i, table);
-    group.step[0][i] = planes.step[0];
-    group.sum[0][i] = planes.sum[0];
+    group.set(0, i, planes);
     if (planes.count < 2) continue;
     if (group.planes < 2) {
       group.planes = 2;
       std::memset(second, 0, L::table_size(kWords) * kM * 4);
-      std::memset(group.step[1], 0, sizeof group.step[1]);
+      std::memset(group.unit[1], 0, sizeof group.unit[1]);
+      std::memset(group.all[1], 0, sizeof group.all[1]);
       std::memset(group.sum[1], 0, sizeof group.sum[1]);
     }
     L::template build<kM, kWords>(Numbers(planes.q[1]), i, second);
-    group.step[1][i] = planes.step[1];
-    group.sum[1][i] = planes.sum[1];
+    group.set(1, i, planes);
   }
 }
 
@@ -229,6 +237,70 @@ __attribute__((noinline)) void add_plain(
   }
 }
 
+// y[kM, tile t] += one plane of a group, whatever its levels.
+template <class L, int kM, int kWords, class Panel>
+__attribute__((noinline)) void add_any_tile(const Group<kM>& group,
+                                            int plane,
+                                            const float* table,
+                                            const Panel& w,
+                                            int64_t t,
+                                            float* y,
+                                            int64_t ld) {
+  L::template tile<kM, kWords, Panel::kSpareStored>(
+      w.index(t), table, group.sum[plane],
+      [&](int r, const typename L::Ints(&sums)[kM]) __attribute__((always_inline)) {
+        const Levels<L> levels(w.scale(t, r), w.bias(t, r));
+        const bool usual = levels.are_usual();
+        float* out = y + r * L::kLanes;
+        for (int i = 0; i < kM; ++i, out += ld) {
+          const auto to = L::load(out);
+          const float unit = group.unit[plane][i];
+          L::store(out, usual ? levels.add_usual(to, sums[i], unit, group.all[plane][i])
+                              : levels.add_any(to, sums[i], unit, group.sum[plane][i]));
+        }
+      });
+}
+
+// The same for usual levels only: false where there are others, and y is as it was.
+template <class L, int kM, int kWords, class Panel>
+ONEBIT_INLINE bool add_usual_tile(const Group<kM>& group,
+                                  int plane,
+                                  const float* table,
+                                  const Panel& w,
+                                  int64_t t,
+                                  float* y,
+                                  int64_t ld) {
+  // Levels are read once if the results fit registers until all levels are known; else twice.
+  constexpr bool kOnce = kM == 1 && 4 * L::kVectors <= L::kRegisters;
+  auto usual = L::set(-1);
+  typename L::Vec result[L::kVectors];
+  if (!kOnce) {
+    ONEBIT_UNROLL
+    for (int r = 0; r < L::kVectors; ++r) {
+      usual = Levels<L>(w.scale(t, r), w.bias(t, r)).keep_usual(usual);
+    }
+    if (__builtin_expect(!L::all_negative(usual), 0)) return false;
+  }
+  L::template tile<kM, kWords, Panel::kSpareStored>(
+      w.index(t), table, group.sum[plane],
+      [&](int r, const typename L::Ints(&sums)[kM]) __attribute__((always_inline)) {
+        const Levels<L> levels(w.scale(t, r), w.bias(t, r));
+        if (kOnce) usual = levels.keep_usual(usual);
+        float* out = y + r * L::kLanes;
+        ONEBIT_UNROLL
+        for (int i = 0; i < kM; ++i, out += ld) {
+          result[r] =
+              levels.add_usual(L::load(out), sums[i], group.unit[plane][i], group.all[plane][i]);
+          if (!kOnce) L::store(out, result[r]);
+        }
+      });
+  if (!kOnce) return true;
+  if (__builtin_expect(!L::all_negative(usual), 0)) return false;
+  ONEBIT_UNROLL
+  for (int r = 0; r < L::kVectors; ++r) L::store(y + r * L::kLanes, result[r]);
+  return true;
+}
+
 // y[kM, tiles * kRows] += one group of rows of x from row m on.
 template <class L, int kM, int kWords, class Panel>
 ONEBIT_INLINE void add_group(const Activations& x,
@@ -245,17 +317,10 @@ ONEBIT_INLINE void add_group(const Activations& x,
     const float* from = plane ? second : table;
     for (int64_t t = 0; t < tiles; ++t) {
       w.prefetch(t);
-      L::template tile<kM, kWords, Panel::kSpareStored>(
-          w.index(t), from, group.sum[plane],
-          [&](int r, const typename L::Ints(&set)[kM]) __attribute__((always_inline)) {
-            const Levels<L> levels(w.scale(t, r), w.bias(t, r));
-            float* out = y + t * L::kRows + r * L::kLanes;
-            ONEBIT_UNROLL
-            for (int i = 0; i < kM; ++i, out += ld) {
-              L::store(out, levels.add_to(L::load(out), set[i], group.sum[plane][i],
-                                          group.step[plane][i]));
-            }
-          });
+      float* out = y + t * L::kRows;
+      if (!add_usual_tile<L, kM, kWords>(group, plane, from, w, t, out, ld)) {
+        add_any_tile<L, kM, kWords>(group, plane, from, w, t, out, ld);
+      }
     }
   }
   for (int i = 0; __builtin_expect(group.plain >> i, 0); ++i) {

@@ -18,11 +18,10 @@ ONEBIT_INLINE bool needs_scalar(const QmmArgs& a) {
   return a.dtype == DType::kDouble || a.w.dtype == DType::kDouble || is_tiny(a);
 }
 
-// Whether x goes into int16 tables: bfloat16 always, float16 in groups of 32 only, for in larger
-// ones the step is coarser than float16. Below 128 outputs they save nothing.
+// Whether x goes into int16 tables: only bfloat16, for float16 has more bits than their step
+// leaves. Below 128 outputs they save nothing.
 ONEBIT_INLINE bool has_int16_tables(const QmmArgs& a) {
-  const bool precise = a.dtype == DType::kHalf && a.w.group_size == 32;
-  return (a.dtype == DType::kBFloat16 || precise) && a.n >= 128;
+  return a.dtype == DType::kBFloat16 && a.n >= 128;
 }
 
 ONEBIT_INLINE bool is_empty(const Block& b) { return b.m_begin == b.m_end || b.n_begin == b.n_end; }
