@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstring>
 
+using namespace onebit;
 using namespace onebit::cpu;
 
 // Microseconds of x [m, k] times weights [n, k]; scales and biases are of x's dtype, a number of

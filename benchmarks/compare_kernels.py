@@ -1,9 +1,9 @@
 """What a change of the CPU kernels costs: products by the kernels of two commits, interleaved.
 
-    python benchmarks/compare_kernels.py 5fcf1ec HEAD
+    python benchmarks/compare_kernels.py bb4e00d HEAD
 
-Builds the kernels, which need no torch, of both commits, and calls one after the other, in turns, on
-one thread. The ratio is of the 10th percentiles: what other processes take does not count.
+Builds the kernels, which need no torch, of both commits, and calls one after the other, in turns,
+on one thread. The ratio is of the 10th percentiles: what other processes take does not count.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType of csrc
-BUILD = """set -e; mkdir {out}; git -C {root} archive {commit} csrc metal | tar -x -C {out}; cd {out}
+BUILD = """set -e; mkdir {out}; cd {out}; git -C {root} archive {commit} csrc metal | tar -x
 c++ -std=c++17 -O3 -w -fPIC -shared -fvisibility=hidden -Wl,-Bsymbolic -I. -o kernels.so \\
   csrc/cpu/kernels*.cpp $(ls csrc/cpu/level*_*.cpp | grep -v ops) csrc/cpu/scratch.cpp {shim}"""
 

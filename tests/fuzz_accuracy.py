@@ -2,8 +2,8 @@
 
 Every draw combines structured activations and weights at random (structured.py) and runs on every
 instruction set of this machine, from row-major and, where there are any, prepacked weights. A break
-is printed as the case and seed that reproduce it, and makes the exit status 1. float32 has the wider
-rule of docs/format.md; how many of its products are beyond the narrow one is counted.
+is printed as the case and seed that reproduce it, and makes the exit status 1. float32 has the
+wider rule of docs/format.md; how many of its products are beyond the narrow one is counted.
 """
 
 import argparse
