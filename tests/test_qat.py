@@ -19,6 +19,7 @@ from torch_onebit import (
     ops,
     prepare_qat_,
     quantize_,
+    report,
 )
 from torch_onebit.padding import fill
 
@@ -498,3 +499,11 @@ def test_fully_sharded_training_matches(tmp_path):
 def test_illegal_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_later_step_keeps_the_reasons_of_an_earlier_one():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32), nn.Embedding(4, 64))
+    prepare_qat_(model, group_size=32, skip=["1", "2"])
+    convert_(model)
+    left = {row.name: row.reason for row in report(model).left}
+    assert {left["1"], left["2"]} == {"skip has '1'", "skip has '2'"}

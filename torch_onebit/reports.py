@@ -162,7 +162,8 @@ def record(
         stayed: the layers that the step is about and that were not, with their names.
     """
     made = getattr(model, _ATTRIBUTE, None) or Report()
-    left = list(left_float(model, reasons))
+    earlier = {row.name: row.reason for row in made.left}
+    left = list(left_float(model, reasons, earlier))
     for name, layer in stayed.values():
         if getattr(layer, "is_onebit", False):  # nothing of it is float
             shape = tuple(layer.weight.shape)
@@ -172,8 +173,15 @@ def record(
     return made
 
 
-def left_float(model: nn.Module, reasons: dict[int, str]) -> Iterator[LeftRow]:
-    """Every matrix of a model that is in no 1-bit layer, and one row for all vectors."""
+def left_float(
+    model: nn.Module, reasons: dict[int, str], earlier: dict[str, str]
+) -> Iterator[LeftRow]:
+    """Every matrix of a model that is in no 1-bit layer, and one row for all vectors.
+
+    Args:
+        reasons: of this step, by the identity of modules.
+        earlier: of the steps before, by name; they hold for layers that this one is not about.
+    """
     seen: set[int] = set()
     vectors = vector_bytes = 0
     for name, module in model.named_modules():
@@ -188,12 +196,13 @@ def left_float(model: nn.Module, reasons: dict[int, str]) -> Iterator[LeftRow]:
                 vectors += 1
                 vector_bytes += tensor_bytes(parameter)
                 continue
+            shown = f"{name}.{key}" if key != "weight" else name
             yield LeftRow(
-                f"{name}.{key}" if key != "weight" else name,
+                shown,
                 type(module).__name__,
                 tuple(parameter.shape),
                 tensor_bytes(parameter),
-                reasons.get(id(module)) or _why(module, parameter),
+                reasons.get(id(module)) or earlier.get(shown) or _why(module, parameter),
             )
     if vectors:
         yield LeftRow(f"{vectors} vectors", "", (), vector_bytes, "norms, biases and the like")
@@ -210,6 +219,8 @@ def _why(module: nn.Module, parameter: Tensor) -> str:
     kind = type(module).__name__
     if isinstance(module, ParametrizationList):
         return "parametrized: only prepare_qat_ takes it"
+    if type(module) in (nn.Linear, nn.Embedding):
+        return "no step was about it"
     if isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag):
         return f"{kind} is a class of its own: whoever made it may read its weight"
     if is_experts(module):
