@@ -50,7 +50,10 @@ def main() -> None:
     bench.add_arguments(bench_parser)
     bench_parser.set_defaults(run=bench.run)
     selftest_parser = commands.add_parser("selftest", help="every GPU kernel against the CPU")
-    selftest_parser.set_defaults(run=lambda _: selftest.run())
+    selftest_parser.add_argument(
+        "--report", metavar="FILE", help="write what is needed to tune the kernels, as JSON"
+    )
+    selftest_parser.set_defaults(run=lambda arguments: selftest.run(arguments.report))
     cli.add_commands(commands)
     arguments, unknown = parser.parse_known_args()
     if unknown:  # argparse would print the usage that does not list the command's options

@@ -143,6 +143,24 @@ constexpr ProductRule kProductRules[] = {
     {false, kFirstFamily, kAnyM, Kernel::kQmmN},
 };
 
+// Can a kernel compute this product at all? Fast or not: the rules decide among those that can.
+constexpr bool fits(Kernel kernel, bool transpose, uint32_t m) {
+  switch (kernel) {
+    case Kernel::kQmv:
+      return transpose && m == 1;
+    case Kernel::kQmvWide:
+      return transpose && m <= kWideMaxM;
+    case Kernel::kQmm:
+      return transpose;
+    case Kernel::kQvm:
+      return !transpose && m == 1;
+    case Kernel::kQmmN:
+      return !transpose;
+    default:
+      return false;
+  }
+}
+
 constexpr Kernel product_kernel(bool transpose, uint32_t m, const Gpu& gpu) {
   for (const ProductRule& rule : kProductRules) {
     if (rule.transpose == transpose && gpu.family >= rule.min_family && m <= rule.max_m) {
@@ -230,18 +248,14 @@ constexpr uint8_t wide_rows(uint32_t m) {
   return kWideMaxM;
 }
 
-constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu) {
+// With one of the kernels that fit.
+constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu, Kernel kernel) {
   ProductPlan plan = {};
   plan.params = {p.m,          p.n,          p.k,       group_shift(p.group_size),
                  p.x_matrices, p.w_matrices, p.batches, p.k};
   plan.splits = 1;
   Launch& launch = plan.product;
-  launch.pipeline = {
-      product_kernel(p.transpose, p.m, gpu), p.type, 0, false, p.levels, p.has_biases, p.indexed};
-  const bool rows_by_matrix = p.transpose && p.m == 1 && p.indexed && p.sorted &&
-                              p.batches / p.w_matrices >= kSortedRowsPerMatrix;
-  if (rows_by_matrix) launch.pipeline.kernel = Kernel::kQmmSorted;
-
+  launch.pipeline = {kernel, p.type, 0, false, p.levels, p.has_biases, p.indexed};
   uint32_t tiles = 0;  // of kernels that can split k
   switch (launch.pipeline.kernel) {
     case Kernel::kQmv:
@@ -290,6 +304,13 @@ constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu) {
     plan.sum.threads = kSumThreads;
   }
   return plan;
+}
+
+constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu) {
+  const bool rows_by_matrix = p.transpose && p.m == 1 && p.indexed && p.sorted &&
+                              p.batches / p.w_matrices >= kSortedRowsPerMatrix;
+  return plan_product(p, gpu,
+                      rows_by_matrix ? Kernel::kQmmSorted : product_kernel(p.transpose, p.m, gpu));
 }
 
 // quantize, fake_quantize and flip_bits_; dequantize, embedding, affine_grad

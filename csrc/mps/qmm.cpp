@@ -2,12 +2,45 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <atomic>
+#include <string>
+
 #include "../ops/product/rules.h"
 #include "encoder.h"
 #include "tensors.h"
 
 namespace onebit::mps {
 namespace {
+
+// For measurements: the kernel of every product that it fits, in place of the planned one.
+std::atomic<int> forced_kernel{-1};
+
+void force_kernel(c10::string_view name) {
+  int found = -1;
+  for (int i = 0; i <= static_cast<int>(Kernel::kFlipBits); i++) {
+    if (name == kernel_name(static_cast<Kernel>(i))) found = i;
+  }
+  TORCH_CHECK_VALUE(found >= 0 || name.empty(), "kernel must be one of launch_plan.h, got ", name);
+  forced_kernel = found;
+}
+
+// "family cores" of the GPU, then "transpose min_family max_m kernel" of each rule, a line each.
+std::string tuning() {
+  const Gpu gpu = current_gpu();
+  std::string text = std::to_string(gpu.family) + " " + std::to_string(gpu.cores) + "\n";
+  for (const ProductRule& rule : kProductRules) {
+    text += std::to_string(rule.transpose) + " " + std::to_string(rule.min_family) + " " +
+            std::to_string(rule.max_m) + " " + kernel_name(rule.kernel) + "\n";
+  }
+  return text;
+}
+
+ProductPlan plan(const Product& p) {
+  const int forced = forced_kernel;
+  const Kernel kernel = static_cast<Kernel>(forced);
+  return forced >= 0 && fits(kernel, p.transpose, p.m) ? plan_product(p, current_gpu(), kernel)
+                                                       : plan_product(p, current_gpu());
+}
 
 Tensor product_mps(const Operands& o) {
   const auto shape = check_product<int64_t>(o);
@@ -34,7 +67,7 @@ Tensor product_mps(const Operands& o) {
                      type,
                      levels,
                      o.biases.has_value()};
-  const ProductPlan plan = plan_product(p, current_gpu());
+  const ProductPlan plan = mps::plan(p);
   const auto biases = o.biases ? o.biases->contiguous() : Tensor();
   const auto inputs = [&](const Tensor& out) {
     return c10::SmallVector<Tensor, 8>{
@@ -53,5 +86,10 @@ Tensor product_mps(const Operands& o) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, MPS, m) { ProductForms<product_mps>::define(m, /*prepacked=*/false); }
+
+TORCH_LIBRARY_FRAGMENT(onebit, m) {
+  m.def("mps_tuning() -> str", &tuning);
+  m.def("mps_force_kernel(str kernel) -> ()", &force_kernel);
+}
 
 }  // namespace onebit::mps

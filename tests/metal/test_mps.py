@@ -330,25 +330,3 @@ def test_flushed_subnormals_change_no_bit_of_quantize():
     assert np.array_equal(packed, expected[0].numpy().view(np.uint32))
     assert np.array_equal(scales.view(np.uint32), expected[1].numpy().view(np.uint32))
     assert np.array_equal(biases.view(np.uint32), expected[2].numpy().view(np.uint32))
-
-
-def test_selftest_passes_and_its_rows_are_every_kernel(monkeypatch):
-    from torch_onebit import selftest
-
-    log()
-    for gpu in (M1, M3_MAX):
-        monkeypatch.setenv("ONEBIT_FAKE_GPU", gpu)
-        rows = list(selftest.rows("mps", measure=False))
-        assert [str(row) for row in rows if not row.passed] == []
-    ran = set(kernels_of(log()))
-    library = emulator.Library(
-        sorted(emulator.toolchain.SHADERS.glob("*.metal")), [emulator.toolchain.SHADERS]
-    )
-    assert set(library.kernels()) == ran
-
-
-def test_selftest_reports_a_kernel_that_is_wrong():
-    from torch_onebit import selftest
-
-    row = selftest.Row("qmv", torch.float16, error=1e-2, allowed=1e-3)
-    assert not row.passed and "FAIL" in str(row)
