@@ -53,7 +53,7 @@ def onnx_translations() -> dict[Any, Callable[..., Any]]:
         return None if levels is None else op.Cast(levels, to=1)  # float32
 
     def qmm(
-        x: Any, packed: Any, scales: Any, biases: Any, group_size: int, transpose: bool = True
+        x: Any, packed: Any, scales: Any, biases: Any, group_size: int = 128, transpose: bool = True
     ) -> Any:
         w = decode(packed, wide(scales), wide(biases), group_size, shape_of(packed))
         if transpose:
@@ -62,15 +62,23 @@ def onnx_translations() -> dict[Any, Callable[..., Any]]:
         return op.CastLike(op.MatMul(wide(x), w), x)
 
     def linear(
-        x: Any, packed: Any, scales: Any, biases: Any, bias: Any, prepacked: Any, group_size: int
+        x: Any,
+        packed: Any,
+        scales: Any,
+        biases: Any,
+        bias: Any,
+        prepacked: Any,
+        group_size: int = 128,
     ) -> Any:
         y = qmm(x, packed, scales, biases, group_size)
         return y if bias is None else op.Add(y, op.CastLike(bias, y))
 
-    def dequantize(packed: Any, scales: Any, biases: Any, group_size: int) -> Any:
+    def dequantize(packed: Any, scales: Any, biases: Any, group_size: int = 128) -> Any:
         return decode(packed, scales, biases, group_size, shape_of(packed))
 
-    def embedding(indices: Any, packed: Any, scales: Any, biases: Any, group_size: int) -> Any:
+    def embedding(
+        indices: Any, packed: Any, scales: Any, biases: Any, group_size: int = 128
+    ) -> Any:
         flat = op.Reshape(op.Cast(indices, to=INT64.dtype), op.Constant(value_ints=[-1]))
         chosen = [None if t is None else op.Gather(t, flat) for t in (packed, scales, biases)]
         k = shape_of(packed)[-1]

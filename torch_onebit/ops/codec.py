@@ -67,12 +67,17 @@ def embedding(
     return torch.ops.onebit.embedding(indices, packed, scales, biases, group_size)
 
 
-def _quantize(info: Any, in_dims: Dims, w: Tensor, group_size: int) -> tuple[Any, Any]:
+def _quantize(info: Any, in_dims: Dims, w: Tensor, group_size: int = 128) -> tuple[Any, Any]:
     return quantize(front(w, in_dims[0]), group_size), (0, 0, 0)
 
 
 def _dequantize(
-    info: Any, in_dims: Dims, packed: Tensor, scales: Tensor, biases: Tensor | None, group_size: int
+    info: Any,
+    in_dims: Dims,
+    packed: Tensor,
+    scales: Tensor,
+    biases: Tensor | None,
+    group_size: int = 128,
 ) -> tuple[Tensor, int]:
     weights = stack_all(info.batch_size, [packed, scales, biases], list(in_dims[:3]))
     return dequantize(*weights, group_size), 0
@@ -85,7 +90,7 @@ def _embedding(
     packed: Tensor,
     scales: Tensor,
     biases: Tensor | None,
-    group_size: int,
+    group_size: int = 128,
 ) -> tuple[Tensor, int]:
     indices = front(indices, in_dims[0])
     if all(dim is None for dim in in_dims[1:4]):

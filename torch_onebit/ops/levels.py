@@ -116,7 +116,7 @@ def _quantize_levels(
     in_dims: Dims,
     w: Tensor,
     rule: str,
-    group_size: int,
+    group_size: int = 128,
     importance: Tensor | None = None,
 ) -> tuple[Any, Any]:
     if importance is None:

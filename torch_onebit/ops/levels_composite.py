@@ -77,7 +77,7 @@ def _choose(
 
 
 def quantize_levels(
-    w: Tensor, rule: str, group_size: int, importance: Tensor | None = None
+    w: Tensor, rule: str, group_size: int = 128, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     _announce("quantize_levels", w)
     if w.numel() == 0:
@@ -90,7 +90,7 @@ def quantize_levels(
 
 
 def fake_quantize(
-    w: Tensor, rule: str, group_size: int, *, dtype: torch.dtype | None = None
+    w: Tensor, rule: str, group_size: int = 128, *, dtype: torch.dtype | None = None
 ) -> Tensor:
     _announce("fake_quantize", w)
     if w.numel() == 0:
@@ -99,7 +99,7 @@ def fake_quantize(
     return torch.where(bits, high, low).flatten(-2).to(dtype or w.dtype)
 
 
-def fake_quantize_backward(grad: Tensor, w: Tensor, rule: str, group_size: int) -> Tensor:
+def fake_quantize_backward(grad: Tensor, w: Tensor, rule: str, group_size: int = 128) -> Tensor:
     _announce("fake_quantize_backward", w)
     if w.numel() == 0:
         return torch.zeros_like(w)
@@ -136,7 +136,7 @@ def fake_quantize_affine(
     w: Tensor,
     scales: Tensor,
     biases: Tensor,
-    group_size: int,
+    group_size: int = 128,
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -146,7 +146,7 @@ def fake_quantize_affine(
 
 
 def fake_quantize_affine_backward(
-    grad: Tensor, w: Tensor, scales: Tensor, biases: Tensor, group_size: int
+    grad: Tensor, w: Tensor, scales: Tensor, biases: Tensor, group_size: int = 128
 ) -> tuple[Tensor, Tensor]:
     _announce("fake_quantize_affine_backward", w)
     bits, s, _ = _affine(w, scales, biases, group_size)
@@ -161,7 +161,7 @@ def flip_bits_(
     moments: Tensor,
     begin: int,
     end: int,
-    group_size: int,
+    group_size: int = 128,
 ) -> Tensor:
     _announce("flip_bits_", bits)
     local = error[:, begin:end].clone()

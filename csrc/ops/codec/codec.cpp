@@ -8,11 +8,11 @@
 #include "rules.h"
 
 TORCH_LIBRARY_FRAGMENT(onebit, m) {
-  m.def("quantize(Tensor w, int group_size) -> (Tensor packed, Tensor scales, Tensor biases)");
-  m.def("dequantize(Tensor packed, Tensor scales, Tensor? biases, int group_size) -> Tensor");
+  m.def("quantize(Tensor w, int group_size=128) -> (Tensor packed, Tensor scales, Tensor biases)");
+  m.def("dequantize(Tensor packed, Tensor scales, Tensor? biases, int group_size=128) -> Tensor");
   m.def(
-      "embedding(Tensor indices, Tensor packed, Tensor scales, Tensor? biases, int group_size) -> "
-      "Tensor");
+      "embedding(Tensor indices, Tensor packed, Tensor scales, Tensor? biases, "
+      "int group_size=128) -> Tensor");
 }
 
 namespace onebit {

@@ -8,23 +8,24 @@
 
 TORCH_LIBRARY_FRAGMENT(onebit, m) {
   m.def(
-      "quantize_levels(Tensor w, str rule, int group_size, Tensor? importance=None) -> "
+      "quantize_levels(Tensor w, str rule, int group_size=128, Tensor? importance=None) -> "
       "(Tensor packed, Tensor scales, Tensor biases)");
-  m.def("fake_quantize(Tensor w, str rule, int group_size, *, ScalarType? dtype=None) -> Tensor");
-  m.def("fake_quantize_backward(Tensor grad, Tensor w, str rule, int group_size) -> Tensor");
   m.def(
-      "fake_quantize_affine(Tensor w, Tensor scales, Tensor biases, int group_size, *, "
+      "fake_quantize(Tensor w, str rule, int group_size=128, *, ScalarType? dtype=None) -> "
+      "Tensor");
+  m.def("fake_quantize_backward(Tensor grad, Tensor w, str rule, int group_size=128) -> Tensor");
+  m.def(
+      "fake_quantize_affine(Tensor w, Tensor scales, Tensor biases, int group_size=128, *, "
       "ScalarType? dtype=None) -> Tensor");
   m.def(
       "fake_quantize_affine_backward(Tensor grad, Tensor w, Tensor scales, Tensor biases, "
-      "int group_size) -> (Tensor grad_scales, Tensor grad_biases)");
+      "int group_size=128) -> (Tensor grad_scales, Tensor grad_biases)");
   // One pass of coordinate descent over columns [begin, end): flips every bit whose flip lowers
   // (w - w_hat) moments (w - w_hat)^T, given error = (w - w_hat) moments. Returns the changes of
   // w_hat.
   m.def(
-      "flip_bits_(Tensor(a!) bits, Tensor error, Tensor scales, Tensor moments, int begin, int "
-      "end, "
-      "int group_size) -> Tensor");
+      "flip_bits_(Tensor(a!) bits, Tensor error, Tensor scales, Tensor moments, int begin, "
+      "int end, int group_size=128) -> Tensor");
 }
 
 namespace onebit {
