@@ -118,7 +118,7 @@ class Bench:
         count = p.calibration_batches
         batches = random_batches(self.text, p.config.context, batch=p.batch, count=count, seed=77)
         inputs = [tokens for tokens, _ in batches]
-        report = torch_onebit.calibrate_(
+        torch_onebit.calibrate_(
             model,
             inputs,
             group_size=p.group_size,
@@ -126,7 +126,7 @@ class Bench:
             lora_rank=lora_rank,
             checkpoint=self.path.with_suffix(f".calibrated{lora_rank}"),
         )
-        print(report)
+        print(torch_onebit.report(model))
         return model
 
     def from_calibrated(self) -> dict[str, float]:

@@ -44,10 +44,8 @@ def calibrated(model: ByteLM, text: Tensor) -> ByteLM:
     """A 1-bit copy of a float model, without training: calibrated on a few batches of its text."""
     copied = copy.deepcopy(model)
     batches = random_batches(text, CONFIG.context, batch=16, count=8, seed=2)
-    report = torch_onebit.calibrate_(
-        copied, [tokens for tokens, _ in batches], group_size=GROUP_SIZE
-    )
-    print(report)
+    torch_onebit.calibrate_(copied, [tokens for tokens, _ in batches], group_size=GROUP_SIZE)
+    print(torch_onebit.report(copied))
     return copied
 
 

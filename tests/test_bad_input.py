@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from torch_onebit import (
+    CalibrationOptions,
     Distillation,
     LoRALinear,
     OneBitEmbedding,
@@ -171,6 +172,9 @@ LAYERS = [
         )
         for v in (-1.0, math.nan)
     ),
+    (lambda: CalibrationOptions(rounds=1.5), "rounds must be an integer of at least 0, got 1.5"),
+    (lambda: CalibrationOptions(damping="x"), "damping must be a finite number of .* got 'x'"),
+    (lambda: thaw_levels_(packed(), skip="head"), "skip must be a list of patterns .* got 'head'"),
     (lambda: Distillation("x"), "teacher must be callable, got 'x'"),
     (lambda: Distillation(abs, weight=math.nan), "weight must be between 0 and 1, got nan"),
     (lambda: Distillation(abs, temperature=math.nan), "temperature must be above 0 .* got nan"),
@@ -205,6 +209,9 @@ WRONG_TYPES = [
     (lambda: OneBitLinear.from_linear(CONV), "linear must be an nn.Linear, got Conv2d"),
     (lambda: QATEmbedding(CONV), "embedding must be an nn.Embedding or OneBitEmbedding, got Conv"),
     (lambda: LoRALinear(OneBitLinear(128, 8), alpha="a"), "alpha must be a finite number, got 'a'"),
+    (lambda: CalibrationOptions(rounds=1.5), "rounds must be an integer of at least 0, got 1.5"),
+    (lambda: CalibrationOptions(damping="x"), "damping must be a finite number of .* got 'x'"),
+    (lambda: thaw_levels_(packed(), skip="head"), "skip must be a list of patterns .* got 'head'"),
     (lambda: Distillation("x"), "teacher must be callable, got 'x'"),
     (lambda: quantize_("model"), "model must be an nn.Module, got str"),
     (lambda: quantize_(plain(), filter_fn="x"), "filter_fn must be callable, got 'x'"),

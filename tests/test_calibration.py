@@ -15,6 +15,7 @@ from torch_onebit import (
     calibrate_,
     quantize_,
     quantize_weight,
+    report,
     thaw_levels_,
     thaw_lora_,
 )
@@ -147,14 +148,14 @@ def test_calibrate_beats_optimal_and_reports_every_layer():
     net, batches = net_and_batches()
     plain = quantize_(copy.deepcopy(net), group_size=32)
     calibrated = copy.deepcopy(net)
-    report = calibrate_(calibrated, batches, group_size=32, progress=False)
+    found = report(calibrate_(calibrated, batches, group_size=32, progress=False))
     assert distance(net, calibrated, batches) < 0.5 * distance(net, plain, batches)
-    rows = {row.name: row for row in report.layers}
-    assert [r.name for r in report.layers if not r.note] == ["first", "middle", "last", "odd"]
+    rows = {row.name: row for row in found.layers}
+    assert {r.name for r in found.layers if not r.note} == {"first", "middle", "last", "odd"}
     assert rows["embedding"].note == "embedding"
     assert rows["unused"].note == "not reached by batches"
     assert all(0 < rows[name].output_error < 0.5 for name in ("first", "middle", "last", "odd"))
-    assert "middle" in str(report) and "4" in str(report)
+    assert "middle" in str(found) and "4" in str(found)
     assert isinstance(calibrated.middle, OneBitLinear) and calibrated.middle.bias is None
 
 
@@ -162,11 +163,11 @@ def test_reported_output_error_is_the_one_measured():
     net = nn.Sequential(nn.Linear(64, 32), nn.Identity())
     x = correlated(200, 64)
     calibrated = copy.deepcopy(net)
-    report = calibrate_(calibrated, [x], group_size=32, progress=False)
+    found = report(calibrate_(calibrated, [x], group_size=32, progress=False))
     with torch.no_grad():
         y = net(x)
         measured = (calibrated(x) - y).square().sum() / y.square().sum()
-    assert report.layers[0].output_error == pytest.approx(float(measured), rel=1e-3)
+    assert found.layers[0].output_error == pytest.approx(float(measured), rel=1e-3)
 
 
 def test_calibrate_corrects_the_mean_in_the_bias():
@@ -224,7 +225,7 @@ def test_calibrate_keeps_tied_weights_and_shared_layers():
 
 def test_calibrate_takes_options_per_layer_and_other_batches():
     net, batches = net_and_batches()
-    report = calibrate_(
+    calibrate_(
         net,
         [{"tokens": batches[0]}, (batches[1],)],
         group_size=32,
@@ -232,7 +233,7 @@ def test_calibrate_takes_options_per_layer_and_other_batches():
         options=CalibrationOptions(rounds=1, sweeps=1),
         progress=False,
     )
-    assert [row.name for row in report.layers] == ["first", "middle"]
+    assert [row.name for row in report(net).layers] == ["first", "middle"]
     assert net.first.group_size == 64 and net.middle.group_size == 32
 
 
@@ -291,12 +292,13 @@ def test_blocks_of_a_chain_run_on_their_own_and_nothing_else_changes(
     net, batches = Chain(between).eval(), [torch.randint(50, (8, 12)) for _ in range(2)]
     from_start = copy.deepcopy(net)
     PASSES.clear()
-    report = calibrate_(net, batches, group_size=32, progress=False)
+    found = report(calibrate_(net, batches, group_size=32, progress=False))
     passes = dict(PASSES)
-    assert report.chains == (["blocks"] if expected else []) + [
-        f"blocks.{i}.body" for i in range(6)
-    ]
-    assert ("blocks" in str(report)) or not expected
+    assert found.calibration.chains == (
+        *(["blocks"] if expected else []),
+        *(f"blocks.{i}.body" for i in range(6)),
+    )
+    assert ("blocks" in str(found)) or not expected
     monkeypatch.setattr("torch_onebit.calibration.survey.is_chain", lambda runs: False)
     calibrate_(from_start, batches, group_size=32, progress=False)
     for name, value in from_start.state_dict().items():
@@ -354,10 +356,10 @@ def test_calibrate_resumes_inside_a_chain(tmp_path):
 def test_calibrated_low_rank_products_lower_the_error_and_train(tmp_path):
     net, batches = net_and_batches()
     plain, better, resumed = (copy.deepcopy(net) for _ in range(3))
-    before = calibrate_(plain, batches, group_size=32, progress=False)
+    before = report(calibrate_(plain, batches, group_size=32, progress=False))
     options = {"group_size": 32, "lora_rank": 4, "checkpoint": tmp_path, "progress": False}
-    report = calibrate_(better, batches, **options)
-    for old, new in zip(before.layers, report.layers, strict=True):
+    found = report(calibrate_(better, batches, **options))
+    for old, new in zip(before.layers, found.layers, strict=True):
         assert old.output_error is None or new.output_error < 0.9 * old.output_error
     assert distance(net, better, batches) < 0.9 * distance(net, plain, batches)
     calibrate_(resumed, batches, **options)

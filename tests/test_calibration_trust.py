@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from torch_onebit import CalibrationOptions, LoRALinear, OneBitLinear, calibrate_, quantize_
+from torch_onebit import CalibrationOptions, LoRALinear, OneBitLinear, calibrate_, quantize_, report
 from torch_onebit.calibration.batches import as_calls
 from torch_onebit.calibration.checkpoint import contents
 from torch_onebit.calibration.model import _Bar
@@ -131,7 +131,7 @@ def test_degenerate_data_gives_errors_with_a_meaning(why, x, lora_rank, bias):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(32, 64, bias=bias))
         float_model = copy.deepcopy(model)
-        (row,) = calibrate_(model, [x], lora_rank=lora_rank, **FEW).layers
+        (row,) = report(calibrate_(model, [x], lora_rank=lora_rank, **FEW)).layers
         with torch.no_grad():
             y, y_0 = model(x).double(), float_model(x).double()
         measured = float((y - y_0).square().sum() / y_0.square().sum().clamp(min=1e-300))
@@ -143,8 +143,8 @@ def test_layers_without_columns_are_quantized_without_data():
     model = nn.Sequential(nn.Linear(32, 0), nn.Linear(0, 32), nn.Linear(32, 32))
     with torch.no_grad():
         expected = model[:2](GOOD)
-    report = calibrate_(model, [GOOD], **FEW)
-    assert [row.note for row in report.layers] == ["no weights", "no weights", ""]
+    found = report(calibrate_(model, [GOOD], **FEW))
+    assert [row.note for row in found.layers] == ["no weights", "no weights", ""]
     assert torch.equal(model[:2](GOOD), expected)
 
 
@@ -299,13 +299,13 @@ def test_layers_called_more_than_once_are_fitted_to_all_calls(make):
     test = torch.randn(4, 16, 32) @ mixing
     plain = quantize_(copy.deepcopy(model), group_size=32, progress=False)
     calibrated = copy.deepcopy(model)
-    report = calibrate_(calibrated, train, group_size=32, progress=False)
+    found = report(calibrate_(calibrated, train, group_size=32, progress=False))
     with torch.no_grad():
         error, before = (
             (other(test) - model(test)).square().mean() for other in (calibrated, plain)
         )
     assert error < 0.5 * before
-    repeated = {row.name: row.note for row in report.layers if row.note}
+    repeated = {row.name: row.note for row in found.layers if row.note}
     times = "called 2 times"
     if make is Looped:
         times = "called 4 times, in a loop: inputs of the float model"
@@ -331,18 +331,18 @@ class Routed(nn.Module):
 
 def test_layers_whose_inputs_differ_in_number_see_those_of_the_float_model():
     torch.manual_seed(0)
-    report = calibrate_(Routed(), [torch.randn(64, 32) for _ in range(3)], **FEW)
+    found = report(calibrate_(Routed(), [torch.randn(64, 32) for _ in range(3)], **FEW))
     elsewhere = "inputs of the float model: the 1-bit one goes elsewhere"
-    assert [row.note for row in report.layers] == ["", elsewhere, elsewhere]
-    assert all(0 <= row.output_error < 0.5 for row in report.layers)
+    assert [row.note for row in found.layers] == ["", elsewhere, elsewhere]
+    assert all(0 <= row.output_error < 0.5 for row in found.layers)
 
 
 def test_encoder_layers_of_pytorch_are_calibrated_and_its_switch_is_left_alone():
     model = nn.TransformerEncoder(
         nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2, enable_nested_tensor=False
     ).eval()
-    report = calibrate_(model, [torch.randn(4, 6, 32)], **FEW)
-    assert [row.name for row in report.layers if row.output_error is not None] == [
+    found = report(calibrate_(model, [torch.randn(4, 6, 32)], **FEW))
+    assert [row.name for row in found.layers if row.output_error is not None] == [
         f"layers.{i}.linear{j}" for i in range(2) for j in (1, 2)
     ]
     assert torch.backends.mha.get_fastpath_enabled()
@@ -425,13 +425,13 @@ def test_batches_that_could_mean_two_things_are_refused(why, model, batches, tex
 
 
 def test_the_report_says_what_was_made_of_batches_and_how_the_model_ran():
-    report = calibrate_(Masked(), PAIRS, **FEW)
-    assert "2 batches: tuple of 2 as x, 1 more left out" in str(report)
-    assert "ran the whole model for every layer: it has no list of blocks" in str(report)
-    assert "use_cache=False" in str(report)
-    assert "nothing" not in str(report)
-    report = calibrate_(layers(), [GOOD], **FEW)
-    assert "ran one block at a time: the whole model" in str(report)
+    found = report(calibrate_(Masked(), PAIRS, **FEW))
+    assert "2 batches: tuple of 2 as x, 1 more left out" in str(found)
+    assert "ran the whole model for every layer: it has no list of blocks" in str(found)
+    assert "use_cache=False" in str(found)
+    assert "nothing" not in str(found)
+    found = report(calibrate_(layers(), [GOOD], **FEW))
+    assert "ran one block at a time: the whole model" in str(found)
 
 
 def test_low_rank_products_stand_beside_layers_called_twice():
@@ -483,13 +483,13 @@ def test_layers_are_calibrated_however_they_are_called(why, how):
     model = Called(how)
     if "bfloat16" in why:
         model.layer.bfloat16()
-    (row,) = calibrate_(model, [torch.randn(64, 32), torch.randn(64, 32)], **FEW).layers
+    (row,) = report(calibrate_(model, [torch.randn(64, 32), torch.randn(64, 32)], **FEW)).layers
     assert row.note == "" and 0 <= row.output_error < 0.2
 
 
 def test_calibration_under_autocast():
     model = layers()
     with torch.autocast("cpu", torch.bfloat16):
-        report = calibrate_(model, [GOOD], **FEW)
-    assert all(row.output_error < 0.2 for row in report.layers)
+        found = report(calibrate_(model, [GOOD], **FEW))
+    assert all(row.output_error < 0.2 for row in found.layers)
     assert model[0].scales.dtype == torch.float32

@@ -1,5 +1,6 @@
 """quantize_ and dequantize_: what is swapped, what is left, and what stays shared."""
 
+import inspect
 import tempfile
 
 import pytest
@@ -241,3 +242,62 @@ def test_every_public_name_is_what_it_is_called():
     assert names - classes - {"METHODS"} == CALLS.keys()
     for name, call in CALLS.items():
         call(getattr(torch_onebit, name))
+
+
+SURGERY = ["add_lora_", "calibrate_", "convert_", "dequantize_", "prepack_", "prepare_qat_"]
+SURGERY += ["quantize_", "symmetrize_"]
+CHANGES = ["thaw_levels_", "thaw_lora_"]  # of layers that stay
+
+
+@pytest.mark.parametrize("name", SURGERY + CHANGES)
+@pytest.mark.filterwarnings("ignore:(prepack_|symmetrize_) swapped nothing")
+def test_in_place_functions_have_one_convention(name):
+    function = getattr(torch_onebit, name)
+    parameters = inspect.signature(function).parameters
+    assert next(iter(parameters)) == "model"
+    wanted = ["filter_fn", "skip"] + ["progress"] * (name in SURGERY)
+    assert all(parameters[p].kind is inspect.Parameter.KEYWORD_ONLY for p in wanted)
+    made = []
+
+    def call(model, *arguments, **options):
+        made.append(model)
+        return function(model, *arguments, **options)
+
+    assert CALLS[name](call) is made[0]
+
+
+def test_every_in_place_function_is_in_that_list():
+    assert {n for n in torch_onebit.__all__ if n.endswith("_")} == {*SURGERY, *CHANGES}
+
+
+def test_levels_and_low_rank_products_train_where_they_are_wanted():
+    model = torch_onebit.add_lora_(quantize_(Model()), rank=1)
+    model.requires_grad_(False)
+    name = next(n for n, m in model.named_modules() if isinstance(m, torch_onebit.LoRALinear))
+    torch_onebit.thaw_lora_(model, skip=[name])
+    assert not any(p.requires_grad for p in model.get_submodule(name).parameters())
+    assert any(p.requires_grad for p in model.parameters())
+    model.requires_grad_(False)
+    torch_onebit.thaw_levels_(model, filter_fn=lambda m, n: n == f"{name}.base")
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained == [f"{name}.base.scales", f"{name}.base.biases"]
+    with pytest.warns(UserWarning, match="no layer has a name that matches 'nowhere'"):
+        torch_onebit.thaw_levels_(model, skip=["nowhere"])
+
+
+@pytest.mark.parametrize("language", ["Python", "schema"])
+def test_group_size_has_one_default(language):
+    found = 0
+    for name in torch_onebit.ops.__all__:
+        function = getattr(torch_onebit.ops, name)
+        if language == "Python" and inspect.isfunction(function):
+            parameters = inspect.signature(function).parameters
+            default = parameters["group_size"].default if "group_size" in parameters else None
+        else:
+            op = getattr(torch.ops.onebit, name, None)
+            arguments = op.default._schema.arguments if op else []
+            default = next((a.default_value for a in arguments if a.name == "group_size"), None)
+        if default is not None:
+            found += 1
+            assert default == 128, name
+    assert found >= 7

@@ -28,7 +28,7 @@ SRC = torch.randn(2, 5, 64)
 PADDED = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
 STEPS = {
     "quantize_": lambda m: quantize_(m, group_size=32),
-    "calibrate_": lambda m: (calibrate_(m, [SRC], group_size=32, progress=False), m)[1],
+    "calibrate_": lambda m: calibrate_(m, [SRC], group_size=32, progress=False),
     "prepare_qat_": lambda m: prepare_qat_(m, group_size=32),
     "convert_": lambda m: convert_(prepare_qat_(m, group_size=32)),
     "add_lora_": lambda m: add_lora_(quantize_(m, group_size=32)),

@@ -1,6 +1,7 @@
 """What the Python API accepts, in the words of csrc/ops: argument, rule and value."""
 
-from numbers import Integral
+from math import isfinite
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -30,6 +31,13 @@ def check_count(name: str, value: Any, least: int = 0) -> None:
     integer = isinstance(value, Integral) and not isinstance(value, bool)
     message = f"{name} must be an integer of at least {least}, got {value!r}"
     _check(integer, integer and value >= least, message)
+
+
+def check_number(name: str, value: Any, least: float | None = None) -> None:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    legal = number and isfinite(value) and (least is None or value >= least)
+    rule = "a finite number" if least is None else f"a finite number of at least {least}"
+    _check(number, legal, f"{name} must be {rule}, got {value!r}")
 
 
 def check_level_dtype(dtype: Any, name: str = "dtype") -> None:

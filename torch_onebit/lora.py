@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_onebit.checks import check_count, check_kind, check_model
+from torch_onebit.checks import check_count, check_kind, check_model, check_number
 from torch_onebit.nn import OneBitLinear
 from torch_onebit.surgery import FilterFn, swap_
 
@@ -59,10 +59,8 @@ class LoRALinear(nn.Module):
 
 def _check_lora(rank: int, alpha: float | None) -> None:
     check_count("rank", rank, 1)
-    if alpha is not None and not isinstance(alpha, int | float):
-        raise TypeError(f"alpha must be a finite number, got {alpha!r}")
-    if alpha is not None and not math.isfinite(alpha):
-        raise ValueError(f"alpha must be a finite number, got {alpha!r}")
+    if alpha is not None:
+        check_number("alpha", alpha)
 
 
 def add_lora_(

@@ -1,5 +1,6 @@
 """Which parameters of a model train, which of them decay, and how many there are."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,31 +9,57 @@ from torch import nn
 from torch_onebit.checks import check_model
 from torch_onebit.lora import LoRALinear
 from torch_onebit.nn import OneBitModule
+from torch_onebit.surgery import FilterFn, chosen_layers
 
 
-def thaw_levels_(model: nn.Module, requires_grad: bool = True) -> nn.Module:
-    """Make scales and biases of every 1-bit layer trainable, in place; the bits stay frozen.
+def thaw_levels_(
+    model: nn.Module,
+    requires_grad: bool = True,
+    *,
+    filter_fn: FilterFn | None = None,
+    skip: Iterable[str] = (),
+) -> nn.Module:
+    """Make scales and biases of 1-bit layers trainable, in place; the bits stay frozen.
 
-    Their gradients are exact and computed from packed weights. Returns model.
+    Their gradients are exact and computed from packed weights.
+
+    Args:
+        model: a model with 1-bit layers, or one of them.
+        requires_grad: False to freeze them again.
+        filter_fn: ``filter_fn(module, name)`` is false to leave the layer as it is.
+        skip: patterns of names to leave, as in ``quantize_``.
+    Returns:
+        model.
+    Raises:
+        TypeError: an argument of the wrong kind.
+    Warns:
+        UserWarning: a pattern of skip that no layer matches.
     """
-    check_model(model)
-    for module in model.modules():
-        if isinstance(module, OneBitModule):
-            for levels in (module.scales, module.biases):
-                if levels is not None:
-                    levels.requires_grad_(requires_grad)
+    for layer in chosen_layers(model, OneBitModule, filter_fn, skip):
+        for levels in (layer.scales, layer.biases):
+            if levels is not None:
+                levels.requires_grad_(requires_grad)
     return model
 
 
-def thaw_lora_(model: nn.Module, requires_grad: bool = True) -> nn.Module:
+def thaw_lora_(
+    model: nn.Module,
+    requires_grad: bool = True,
+    *,
+    filter_fn: FilterFn | None = None,
+    skip: Iterable[str] = (),
+) -> nn.Module:
     """Make the low-rank products of a model trainable, in place, after it was frozen as a whole.
 
-    Returns model.
+    Args:
+        model: a model with ``LoRALinear`` layers, or one of them.
+        requires_grad, filter_fn, skip: as in ``thaw_levels_``.
+    Returns:
+        model.
     """
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            module.lora_a.requires_grad_(requires_grad)
-            module.lora_b.requires_grad_(requires_grad)
+    for layer in chosen_layers(model, LoRALinear, filter_fn, skip):
+        layer.lora_a.requires_grad_(requires_grad)
+        layer.lora_b.requires_grad_(requires_grad)
     return model
 
 

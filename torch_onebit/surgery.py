@@ -89,10 +89,7 @@ class Surgery:
         skip: Iterable[str] = (),
         hint: str = "",
     ) -> None:
-        check_model(model)
-        if filter_fn is not None:
-            check_callable("filter_fn", filter_fn)
-        check_skip(skip)
+        _check_choice(model, filter_fn, skip)
         if wanted(model):
             raise ValueError(
                 f"model must contain the layers to swap, got {type(model).__name__} itself{hint}"
@@ -127,8 +124,7 @@ class Surgery:
         self.jobs = list(jobs.values())
         for job in self.jobs:
             job.twins = len(holders[_weight_id(job.layer)]) - 1
-        for pattern in sorted(self.unused):
-            warnings.warn(f"skip: no layer has a name that matches {pattern!r}", stacklevel=4)
+        _warn_unused(self.unused)
 
     def _options(
         self,
@@ -139,11 +135,10 @@ class Surgery:
         defaults: dict[str, Any],
     ) -> dict[str, Any] | None:
         """The options for a layer, completed by defaults; None: leave it."""
-        for pattern in skip:
-            if fnmatchcase(f".{name}.", f"*.{pattern}.*"):
-                self.unused.discard(pattern)
-                self.reasons[id(layer)] = f"skip has {pattern!r}"
-                return None
+        if pattern := _skipped(name, skip):
+            self.unused.discard(pattern)
+            self.reasons[id(layer)] = f"skip has {pattern!r}"
+            return None
         chosen = filter_fn(layer, name) if filter_fn else True
         if not chosen and not isinstance(chosen, dict):
             self.reasons[id(layer)] = "filter_fn left it"
@@ -246,6 +241,41 @@ def swap_(
             change()
         surgery.finish()
     return model
+
+
+def chosen_layers(
+    model: nn.Module, kind: type[nn.Module], filter_fn: FilterFn | None, skip: Iterable[str]
+) -> list[Any]:
+    """The layers of a kind that filter_fn and skip do not leave out, for changes of the layers
+    themselves; model may be one."""
+    _check_choice(model, filter_fn, skip)
+    layers, unused = [], set(skip)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, kind):
+            continue
+        if pattern := _skipped(name, skip):
+            unused.discard(pattern)
+        elif filter_fn is None or filter_fn(layer, name):
+            layers.append(layer)
+    _warn_unused(unused)
+    return layers
+
+
+def _check_choice(model: nn.Module, filter_fn: FilterFn | None, skip: Iterable[str]) -> None:
+    check_model(model)
+    if filter_fn is not None:
+        check_callable("filter_fn", filter_fn)
+    check_skip(skip)
+
+
+def _skipped(name: str, skip: Iterable[str]) -> str | None:
+    """The pattern of skip that a name matches."""
+    return next((p for p in skip if fnmatchcase(f".{name}.", f"*.{p}.*")), None)
+
+
+def _warn_unused(patterns: set[str]) -> None:
+    for pattern in sorted(patterns):
+        warnings.warn(f"skip: no layer has a name that matches {pattern!r}", stacklevel=5)
 
 
 def _places(

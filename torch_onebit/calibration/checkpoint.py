@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_onebit.calibration.batches import Call
 from torch_onebit.calibration.jobs import Job
 from torch_onebit.calibration.layer import Result
-from torch_onebit.calibration.solver import Options
+from torch_onebit.calibration.solver import CalibrationOptions
 
 FORMAT = 2  # of the files, and of what the algorithm makes of the same inputs
 
@@ -27,7 +27,12 @@ class Store:
         self.key = ""
 
     def open(
-        self, model: nn.Module, jobs: list[Job], calls: list[Call], options: Options, rank: int
+        self,
+        model: nn.Module,
+        jobs: list[Job],
+        calls: list[Call],
+        options: CalibrationOptions,
+        rank: int,
     ) -> None:
         """Make the folder ready for this run.
 

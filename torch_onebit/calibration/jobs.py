@@ -13,6 +13,7 @@ from torch_onebit.calibration.linear_algebra import not_finite
 from torch_onebit.float_layers import is_embedding, is_linear, obstacle
 from torch_onebit.lora import LoRALinear
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, tie
+from torch_onebit.reports import Report
 from torch_onebit.surgery import FilterFn, Surgery
 
 
@@ -108,7 +109,7 @@ def put(model: nn.Module, names: list[str], module: nn.Module) -> None:
         setattr(model.get_submodule(prefix), attribute, module)
 
 
-def install(plan: Surgery, new: Mapping[Job, nn.Module]) -> None:
+def install(plan: Surgery, new: Mapping[Job, nn.Module]) -> Report:
     """Put the new layers in their places, in place: all of them or, should one fail, none.
 
     Layers whose weight was one are tied. A calibrated bias is written into the bias Parameter of
@@ -130,4 +131,4 @@ def install(plan: Surgery, new: Mapping[Job, nn.Module]) -> None:
     with torch.no_grad():
         for bias, value in biases:
             bias.copy_(value)
-    plan.finish()
+    return plan.finish()

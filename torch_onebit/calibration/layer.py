@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch_onebit import ops
 from torch_onebit.calibration.linear_algebra import cholesky, damping_of, solving_device
 from torch_onebit.calibration.moments import InputMoments, OutputMoments
-from torch_onebit.calibration.solver import Options, solve
+from torch_onebit.calibration.solver import CalibrationOptions, solve
 from torch_onebit.float_layers import matrix
 from torch_onebit.methods import quantize_weight
 from torch_onebit.packing import pack_bits
@@ -66,7 +66,7 @@ def calibrate_layer(
     outputs: OutputMoments,
     group_size: int,
     symmetric: bool,
-    options: Options,
+    options: CalibrationOptions,
     rank: int,
 ) -> Result:
     """Calibrate an nn.Linear; where it has a bias, normal is about the mean.

@@ -16,11 +16,11 @@ from torch_onebit.calibration.checkpoint import Store
 from torch_onebit.calibration.collect import Collector
 from torch_onebit.calibration.jobs import Job, find_jobs, install, put
 from torch_onebit.calibration.layer import Normal, Result, calibrate_layer, without_data
-from torch_onebit.calibration.report import CalibrationReport, CalibrationRow
-from torch_onebit.calibration.solver import Options
+from torch_onebit.calibration.solver import CalibrationOptions
 from torch_onebit.calibration.survey import Survey, survey
 from torch_onebit.checks import check_count
 from torch_onebit.methods import check_method
+from torch_onebit.reports import CalibrationReport
 from torch_onebit.surgery import FilterFn
 
 
@@ -33,10 +33,10 @@ def calibrate_(
     filter_fn: FilterFn | None = None,
     skip: Iterable[str] = (),
     lora_rank: int = 0,
-    options: Options | None = None,
+    options: CalibrationOptions | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
-) -> CalibrationReport:
+) -> nn.Module:
     """Quantize a model to 1 bit in place so that its outputs on batches change least.
 
     nn.Linear layers are calibrated in the order they run; a layer with a bias also corrects the
@@ -71,7 +71,8 @@ def calibrate_(
             that was cut short goes on from there.
         progress: show a progress bar.
     Returns:
-        the report: per layer the weight error, the output error and seconds.
+        model. Errors and seconds of each layer, and what was made of batches, are in
+        ``report(model)``.
     Raises:
         ValueError: no batches or only empty ones, batches that do not say which arguments they
             are, an option or group size that is not allowed, NaN or Inf in a weight or in what
@@ -79,16 +80,14 @@ def calibrate_(
     """
     check_method("calibrated", symmetric)
     check_count("lora_rank", lora_rank)
-    options = options or Options()
-    report = CalibrationReport()
+    options = options or CalibrationOptions()
     defaults = {"group_size": group_size, "symmetric": symmetric}
     plan, jobs = find_jobs(model, filter_fn, skip, defaults)
-    calls, report.batches = as_calls(model, batches)
+    calls, batches_taken = as_calls(model, batches)
     with _no_fast_path():
         reference = _eval_copy(model, jobs)
         candidates = {job.name: reference.get_submodule(job.name) for job in jobs if not job.reason}
         seen = survey(reference, calls, candidates)
-        report.chains = seen.chains
         store = Store(checkpoint)
         visits = _visits(jobs, seen)
         ordered = [job for group in visits for job in group]
@@ -109,7 +108,6 @@ def calibrate_(
                 result = saved or made[job]
                 if not saved:
                     store.save(len(new), result)
-                report.layers.append(_row(job, result))
                 job.swap.note = result.note
                 job.swap.figures = {
                     "weight_error": result.weight_error,
@@ -124,12 +122,17 @@ def calibrate_(
                     collector.installed(job, layer)
                 bar.finish(job, fresh=not saved)
         bar.close()
-    install(plan, new)
-    return report
+    report = install(plan, new)
+    report.calibration = CalibrationReport(batches_taken, tuple(seen.chains))
+    return model
 
 
 def _quantize(
-    group: list[Job], upcoming: list[Job], collector: Collector, options: Options, rank: int
+    group: list[Job],
+    upcoming: list[Job],
+    collector: Collector,
+    options: CalibrationOptions,
+    rank: int,
 ) -> Iterator[tuple[Job, Result]]:
     """Results of layers that are given the same inputs."""
     if not group:
@@ -170,17 +173,6 @@ def _lap(start: float) -> tuple[float, float]:
     return now, now - start
 
 
-def _row(job: Job, result: Result) -> CalibrationRow:
-    return CalibrationRow(
-        job.name,
-        job.swap.shape,
-        result.weight_error,
-        result.output_error,
-        result.seconds,
-        result.note,
-    )
-
-
 def _visits(jobs: list[Job], seen: Survey) -> list[list[Job]]:
     """Jobs in the order they are worked on, in groups that are given the same inputs."""
     for job in jobs:
@@ -217,7 +209,7 @@ def _no_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def _cost(job: Job, seen: Survey, options: Options) -> float:
+def _cost(job: Job, seen: Survey, options: CalibrationOptions) -> float:
     """Multiply-adds of a layer, those of small systems counted as often as they take longer."""
     n, k = job.swap.shape
     if job.reason:

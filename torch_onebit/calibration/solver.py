@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_onebit.calibration.linear_algebra import damped, not_finite, solving_device
+from torch_onebit.checks import check_count, check_number
 from torch_onebit.ops import quantize_levels
 from torch_onebit.packing import pack_bits, unpack_bits
 from torch_onebit.padding import fill, missing
@@ -28,7 +29,7 @@ SYSTEM_VALUES = 1 << 24  # of all least-squares systems of a chunk: 128 MB
 
 
 @dataclass(frozen=True)
-class Options:
+class CalibrationOptions:
     """How hard to try. The defaults reach the loss of 5 rounds of 2 sweeps in 3/4 of the time.
 
     rounds: refits, each followed by a descent; it stops earlier when no bit flips.
@@ -40,6 +41,11 @@ class Options:
     sweeps: int = 3
     damping: float = 0.01
 
+    def __post_init__(self) -> None:
+        check_count("rounds", self.rounds)
+        check_count("sweeps", self.sweeps)
+        check_number("damping", self.damping, least=0)
+
 
 def quantize_calibrated(
     w: Tensor,
@@ -47,7 +53,7 @@ def quantize_calibrated(
     group_size: int = 128,
     *,
     symmetric: bool = False,
-    options: Options | None = None,
+    options: CalibrationOptions | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Quantize to 1 bit so that outputs ``x @ w.T`` change least for inputs with these moments.
 
@@ -64,7 +70,7 @@ def quantize_calibrated(
     Raises:
         ValueError: moments of another shape, NaN or Inf, or a w that the format does not allow.
     """
-    options = options or Options()
+    options = options or CalibrationOptions()
     if w.dim() != 2 or moments.shape != (w.shape[1], w.shape[1]):
         raise ValueError(
             f"moments must be a square of the columns of w {list(w.shape)}, "
@@ -85,7 +91,12 @@ def quantize_calibrated(
 
 
 def solve(
-    start: Tensor, wanted: Tensor, h: Tensor, group_size: int, symmetric: bool, options: Options
+    start: Tensor,
+    wanted: Tensor,
+    h: Tensor,
+    group_size: int,
+    symmetric: bool,
+    options: CalibrationOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bits ``[n, k]``, scales and biases ``[n, groups]`` of little ``tr(w_hat h w_hat^T) -
     2 tr(wanted w_hat^T)``.
@@ -110,7 +121,12 @@ def solve(
 
 
 def _solve_rows(
-    start: Tensor, wanted: Tensor, h: Tensor, group_size: int, symmetric: bool, options: Options
+    start: Tensor,
+    wanted: Tensor,
+    h: Tensor,
+    group_size: int,
+    symmetric: bool,
+    options: CalibrationOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rule = "sign" if symmetric else "optimal"
     bits = unpack_bits(quantize_levels(start, rule, group_size)[0])
