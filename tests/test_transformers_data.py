@@ -47,17 +47,21 @@ def named(model: nn.Module, kind: type) -> set[str]:
 def test_calibrate_takes_batches_of_ids_and_finds_the_blocks(batches):
     torch.manual_seed(0)
     model = build("llama")
-    expected = calibrate_(copy.deepcopy(model), [{"input_ids": i} for i in IDS], group_size=32)
-    found = calibrate_(model, batches, group_size=32)
-    assert found.chains == expected.chains == ["model.layers"]
+    expected = report(
+        calibrate_(copy.deepcopy(model), [{"input_ids": i} for i in IDS], group_size=32)
+    )
+    found = report(calibrate_(model, batches, group_size=32))
+    assert found.calibration.chains == expected.calibration.chains == ("model.layers",)
     assert len(found.layers) == 16
     errors = [[row.output_error or 0 for row in r.layers] for r in (found, expected)]
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)
 
 
 def test_a_batch_may_ask_for_a_cache():
-    found = calibrate_(build("llama"), [{"input_ids": IDS[0], "use_cache": True}], group_size=32)
-    assert found.chains == []
+    found = report(
+        calibrate_(build("llama"), [{"input_ids": IDS[0], "use_cache": True}], group_size=32)
+    )
+    assert found.calibration.chains == ()
     assert len(found.layers) == 16
 
 
@@ -84,8 +88,8 @@ def make(kind: str, auto: str, sizes: dict) -> nn.Module:
 @pytest.mark.parametrize("kind, auto, sizes, chains, tied", KINDS, ids=[k[0] for k in KINDS])
 def test_calibrated_models_keep_ties_and_are_saved(kind, auto, sizes, chains, tied, tmp_path):
     model = make(kind, auto, sizes)
-    found = calibrate_(model, MASKED, group_size=32)
-    assert found.chains == chains
+    found = report(calibrate_(model, MASKED, group_size=32))
+    assert list(found.calibration.chains) == chains
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     assert isinstance(head, OneBitLinear)
     assert isinstance(embedding, OneBitEmbedding)
