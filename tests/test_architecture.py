@@ -172,3 +172,32 @@ def test_what_host_and_kernels_share_is_declared_once():
     for path in [*files_of("csrc/**/*"), *files_of("metal/*")]:
         again = re.findall(r"\benum\s+(?:class\s+)?(\w+)", path.read_text())
         assert path.name == "format.h" or not set(names) & set(again), path
+
+
+def imports_of_parts() -> dict[str, set[str]]:
+    """By part of the package, a module or a folder of it: the others that it imports, anywhere."""
+    root = ROOT / "torch_onebit"
+    parts = {p.stem for p in root.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    parts -= {"__init__", "__main__"}
+    found: dict[str, set[str]] = {part: set() for part in parts}
+    for path in sorted(root.rglob("*.py")):
+        part = path.relative_to(root).parts[0].removesuffix(".py")
+        if part not in parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            targets = {n.split(".")[1] for n in names if n and n.startswith("torch_onebit.")}
+            found[part] |= (targets & parts) - {part}
+    return found
+
+
+def test_no_circle_of_imports():
+    left = imports_of_parts()
+    while free := {part for part, imported in left.items() if not imported & left.keys()}:
+        left = {part: imported for part, imported in left.items() if part not in free}
+    circle = {part: sorted(imported & left.keys()) for part, imported in left.items()}
+    assert not circle, circle

@@ -9,7 +9,6 @@ __path__ = [str(load())]
 from torch_onebit import flops, nested, ops
 from torch_onebit.averaging import AveragedModel
 from torch_onebit.calibration.model import calibrate_
-from torch_onebit.calibration.solver import CalibrationOptions
 from torch_onebit.distillation import Distillation, distillation_loss
 from torch_onebit.loading import load_checkpoint, load_gguf
 from torch_onebit.lora import LoRALinear, add_lora_
@@ -47,6 +46,7 @@ from torch_onebit.qat import QATEmbedding, QATLinear, convert_, prepare_qat_
 from torch_onebit.quantizing import dequantize_, quantize_
 from torch_onebit.reports import CalibrationReport, LayerRow, LeftRow, Report, report
 from torch_onebit.saving import export_gguf, save_checkpoint
+from torch_onebit.solver import CalibrationOptions
 from torch_onebit.symmetric import symmetrize_
 
 for rules in (ops, nested, flops):

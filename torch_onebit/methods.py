@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_onebit import ops
-from torch_onebit.calibration.solver import quantize_calibrated
 from torch_onebit.checks import check_group_size
 from torch_onebit.ops import quantize_levels
 from torch_onebit.padding import fill, missing
+from torch_onebit.solver import quantize_calibrated
 
 METHODS = ("minmax", "sign", "mean", "optimal", "calibrated")
 SYMMETRIC_METHODS = ("sign", "optimal", "calibrated")

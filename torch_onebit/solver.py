@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_onebit.calibration.linear_algebra import damped, not_finite, solving_device
 from torch_onebit.checks import check_count, check_number
+from torch_onebit.linear_algebra import damped, not_finite, solving_device
 from torch_onebit.ops import quantize_levels
 from torch_onebit.packing import pack_bits, unpack_bits
 from torch_onebit.padding import fill, missing

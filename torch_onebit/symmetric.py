@@ -38,8 +38,10 @@ def symmetrize_(
     def check(layer: OneBitModule, options: dict[str, Any]) -> str | None:
         if layer.biases is None:
             return "it is symmetric already"
-        redundant = known.setdefault(id(layer.biases), _redundant(layer))
-        return None if redundant else "its biases are not -scales / 2"
+        key = id(layer.biases)
+        if key not in known:
+            known[key] = _redundant(layer)
+        return None if known[key] else "its biases are not -scales / 2"
 
     return swap_(
         "symmetrize_",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_onebit.calibration.batches import Call
 from torch_onebit.calibration.jobs import Job
 from torch_onebit.calibration.layer import Result
-from torch_onebit.calibration.solver import CalibrationOptions
+from torch_onebit.solver import CalibrationOptions
 
 FORMAT = 2  # of the files, and of what the algorithm makes of the same inputs
 

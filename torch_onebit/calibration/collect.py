@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch_onebit.calibration.batches import Call
 from torch_onebit.calibration.chains import Passes
 from torch_onebit.calibration.jobs import Job, put
-from torch_onebit.calibration.linear_algebra import not_finite
 from torch_onebit.calibration.moments import InputMoments, OutputMoments
 from torch_onebit.calibration.running import Replay, run, watch
 from torch_onebit.calibration.survey import Survey
+from torch_onebit.linear_algebra import not_finite
 
 # Of outputs that are kept instead of computed again: of the float model, and of the 1-bit one.
 LIMIT = 1 << 30

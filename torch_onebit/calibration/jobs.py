@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from torch_onebit import surgery
 from torch_onebit.calibration.layer import Result
-from torch_onebit.calibration.linear_algebra import not_finite
 from torch_onebit.float_layers import is_embedding, is_linear, obstacle
+from torch_onebit.linear_algebra import not_finite
 from torch_onebit.lora import LoRALinear
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, tie
 from torch_onebit.reports import Report

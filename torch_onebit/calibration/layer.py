@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_onebit import ops
-from torch_onebit.calibration.linear_algebra import cholesky, damping_of, solving_device
 from torch_onebit.calibration.moments import InputMoments, OutputMoments
-from torch_onebit.calibration.solver import CalibrationOptions, solve
 from torch_onebit.float_layers import matrix
+from torch_onebit.linear_algebra import cholesky, damping_of, solving_device
 from torch_onebit.methods import quantize_weight
 from torch_onebit.packing import pack_bits
 from torch_onebit.padding import fill, missing
+from torch_onebit.solver import CalibrationOptions, solve
 
 
 @dataclass

@@ -16,11 +16,11 @@ from torch_onebit.calibration.checkpoint import Store
 from torch_onebit.calibration.collect import Collector
 from torch_onebit.calibration.jobs import Job, find_jobs, install, put
 from torch_onebit.calibration.layer import Normal, Result, calibrate_layer, without_data
-from torch_onebit.calibration.solver import CalibrationOptions
 from torch_onebit.calibration.survey import Survey, survey
 from torch_onebit.checks import check_count
 from torch_onebit.methods import check_method
 from torch_onebit.reports import CalibrationReport
+from torch_onebit.solver import CalibrationOptions
 from torch_onebit.surgery import FilterFn
 
 

@@ -7,7 +7,7 @@ taken less the mean of the first batch: a mean far from zero would cost float32 
 import torch
 from torch import Tensor
 
-from torch_onebit.calibration.linear_algebra import solving_device
+from torch_onebit.linear_algebra import solving_device
 
 ROWS = 8192
 COLUMNS = 256  # x x^T is symmetric: of blocks of so many columns those right of the diagonal

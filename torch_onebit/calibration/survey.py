@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from torch_onebit.calibration.batches import Call
 from torch_onebit.calibration.chains import BlockRun, Route, containers, identity, is_chain
-from torch_onebit.calibration.linear_algebra import not_finite
 from torch_onebit.calibration.running import input_of, run
+from torch_onebit.linear_algebra import not_finite
 
 
 @dataclass
