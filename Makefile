@@ -155,6 +155,7 @@ figures: build
 
 docs: build
 	$(BIN)/python docs/make_api.py
+	$(BIN)/python -m mkdocs build --quiet
 
 build: $(VENV)/.built
 

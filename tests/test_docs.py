@@ -2,6 +2,7 @@
 
 import copy
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def given() -> dict[str, object]:
     model = make_model()
     x = torch.randn(4, 128)
     return {
+        "copy": copy,
         "torch": torch,
         "torch_onebit": torch_onebit,
         "make_model": make_model,
@@ -104,3 +106,18 @@ def test_pages_link_to_each_other():
             assert path.exists(), f"{page}: {target}"
             todo.append(str(path.resolve().relative_to(ROOT)))
     assert set(PAGES) <= linked
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict"]
+    built = subprocess.run(
+        [*command, "--site-dir", tmp_path], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (built.returncode, built.stdout + built.stderr) == (0, "")
+    pages = {path.parent.name for path in tmp_path.glob("*/index.html")}
+    assert {Path(page).stem for page in PAGES} - {"README", "index"} <= pages
+    loaded = re.findall(
+        r'(?:src|<link[^>]* href)="(https?:[^"]*)"', (tmp_path / "index.html").read_text()
+    )
+    assert not loaded
