@@ -22,7 +22,14 @@ Everything that `import torch_onebit` gives, from its docstrings: `make docs` wr
 """
 # Heading: names in the order they are met.
 GROUPS = {
-    "Whole models": ["quantize_", "dequantize_", "calibrate_", "prepack_", "symmetrize_"],
+    "Whole models": [
+        "quantize_",
+        "dequantize_",
+        "calibrate_",
+        "prepack_",
+        "unprepack_",
+        "symmetrize_",
+    ],
     "Checkpoints": ["load_checkpoint", "save_checkpoint", "load_gguf", "export_gguf"],
     "Training": [
         "prepare_qat_",
@@ -46,6 +53,7 @@ GROUPS = {
         "QATEmbedding",
         "LoRALinear",
         "OneBitModule",
+        "PrepackedLinear",
         "tie",
     ],
     "Reports and options": [
@@ -65,6 +73,8 @@ GROUPS = {
         "embedding",
         "affine_grad",
         "prepack",
+        "unprepack",
+        "qmm_prepacked",
     ],
     "One matrix": ["quantize_weight", "quantize_levels", "METHODS", "pack_bits", "unpack_bits"],
     "Export": ["onnx_translations"],

@@ -18,7 +18,7 @@ import torch
 from helpers import make_weights
 from torch import Tensor
 
-from torch_onebit import OneBitLinear, prepack_
+from torch_onebit import OneBitLinear
 
 ops = torch.ops.onebit
 THREADS = 8
@@ -62,7 +62,7 @@ def calls() -> dict[str, Call]:
     made["dequantize"] = lambda: ops.dequantize(packed, scales, biases, 128)
     layer = OneBitLinear(512, 640)
     if ops.can_prepack():
-        prepack_(layer)
+        layer.prepack()
     row = torch.randn(2, 512)
     made["OneBitLinear"] = lambda: layer(row).detach()
     trained = OneBitLinear(512, 256).requires_grad_()

@@ -177,9 +177,10 @@ def errors(
     expected = reference.qmm(*(to_numpy(t) if isinstance(t, Tensor) else t for t in args))
     plain = relative_error(torch_qmm(*args), expected)
     if prepacked:
-        x, *weights, group, _ = args
+        x, packed, scales, biases, group, _ = args
+        form = (len(packed), x.shape[-1], group, scales.dtype, biases is None)
         y = torch.ops.onebit.qmm_prepacked(
-            x, *weights, torch.ops.onebit.prepack(*weights, group), group
+            x, torch.ops.onebit.prepack(packed, scales, biases, group), *form
         )
     else:
         y = torch.ops.onebit.qmm(*(t.to(device) if isinstance(t, Tensor) else t for t in args))

@@ -23,8 +23,16 @@ def valid(op: str) -> dict:
     if op == "qmm":
         return {**x, **weights, "group_size": 64}
     if op == "linear":
-        rest = {"bias": torch.randn(6), "prepacked": None, "group_size": 64}
-        return {**x, **weights, **rest}
+        return {**x, **weights, "bias": torch.randn(6), "group_size": 64}
+    if op in ("unprepack", "qmm_prepacked", "linear_prepacked"):
+        prepacked = ops.prepack(packed, scales, biases, 64)
+        form = {"rows": 6, "columns": 128, "group_size": 64}
+        form |= {"dtype": torch.float32, "symmetric": False}
+        if op == "unprepack":
+            return {"prepacked": prepacked, **form}
+        return {**x, "prepacked": prepacked, **form} | (
+            {"bias": torch.randn(6)} if op == "linear_prepacked" else {}
+        )
     if op in LEVEL_OPS:
         return valid_levels(op)
     stacked = {name: torch.stack([t, t]) for name, t in weights.items()}
@@ -68,6 +76,7 @@ LEVEL_OPS = (
 WEIGHT_OPS = ("dequantize", "embedding", "qmm", "gather_qmm")
 PRODUCTS = ("qmm", "gather_qmm", "affine_grad")
 ALL = (*WEIGHT_OPS, "affine_grad")
+LINEAR = ("prepack", "unprepack", "linear", "qmm_prepacked", "linear_prepacked")
 
 # operators, argument, how to spoil it, start of the message, end of it
 RULES = [
@@ -212,9 +221,9 @@ NOT_PLAIN = {
 }
 ARGUMENTS = [
     (op, name)
-    for op in ("quantize", *ALL, "prepack", "linear", *LEVEL_OPS)
+    for op in ("quantize", *ALL, *LINEAR, *LEVEL_OPS)
     for name, value in valid(op).items()
-    if isinstance(value, torch.Tensor) and not (op == "prepack" and not ops.can_prepack())
+    if isinstance(value, torch.Tensor)
 ]
 
 
@@ -229,7 +238,7 @@ def schema_type(op: str, argument: str):
         (*row, run)
         for row in ARGUMENTS
         for run in ("kernels", "autocast", "composite")
-        if run != "composite" or row[0] not in ("prepack", "linear")  # which have none
+        if run != "composite" or not row[0].startswith("linear")  # which have none
     ],
 )
 def test_tensors_that_are_not_plain_are_refused(op, argument, run):

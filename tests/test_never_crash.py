@@ -71,7 +71,7 @@ def near_legal(op: str, choose: random.Random) -> dict:
     if op == "embedding":
         rows_named = torch.randint(-1, rows + 1, (batch, 2))
         return {"indices": rows_named, **weights, "group_size": group_size}
-    if op in ("prepack", "qmm_prepacked", "linear"):
+    if op in ("prepack", "unprepack", "qmm_prepacked", "linear", "linear_prepacked"):
         return near_legal_linear(op, weights, group_size, choose)
     common = {"group_size": group_size, "transpose": transpose}
     if op == "qmm":
@@ -88,14 +88,20 @@ def near_legal_linear(op: str, weights: dict, group_size: int, choose: random.Ra
         return arguments
     rows, words = weights["packed"].shape[-2:]
     x = torch.randn(choose.randint(0, 6), words * 32).to(choose.choice(DTYPES[:4]))
+    bias = choose.choice([None, torch.randn(rows)])
+    if op == "linear":
+        return {"x": x, **arguments, "bias": bias}
     try:
         prepacked = torch.ops.onebit.prepack(**arguments)
     except REFUSALS:
         prepacked = torch.zeros(choose.choice([0, 1280]), dtype=torch.uint8)
-    if op == "qmm_prepacked":
-        return {"x": x, **arguments, "prepacked": prepacked}
-    bias = choose.choice([None, torch.randn(rows)])
-    return {"x": x, **arguments, "bias": bias, "prepacked": choose.choice([None, prepacked])}
+    symmetric = weights["biases"] is None
+    form = {"rows": rows, "columns": words * 32, "group_size": group_size}
+    form |= {"dtype": weights["scales"].dtype, "symmetric": symmetric}
+    if op == "unprepack":
+        return {"prepacked": prepacked, **form}
+    arguments = {"x": x, "prepacked": prepacked, **form}
+    return arguments if op == "qmm_prepacked" else {**arguments, "bias": bias}
 
 
 def attack(op: str, seed: int, calls: int) -> tuple[int, int]:
@@ -122,8 +128,6 @@ def attack_every_isa(op: str, seed: int, calls: int) -> None:
     """Attack with each CPU kernel table; a line says which one was running if the process dies."""
     for isa in torch.ops.onebit.cpu_isas():
         torch.ops.onebit.set_cpu_isa(isa)
-        if op == "prepack" and not torch.ops.onebit.can_prepack():
-            continue  # refuses everything
         print(isa, end=" ", flush=True)
         print(*attack(op, seed, calls), flush=True)
 
@@ -138,8 +142,10 @@ def attack_every_isa(op: str, seed: int, calls: int) -> None:
         "gather_qmm",
         "affine_grad",
         "prepack",
+        "unprepack",
         "qmm_prepacked",
         "linear",
+        "linear_prepacked",
     ],
 )
 def test_arbitrary_arguments_never_end_the_process(op):

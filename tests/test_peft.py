@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torch_onebit import OneBitEmbedding, quantize_
+from torch_onebit import OneBitEmbedding, PrepackedLinear, prepack_, quantize_
 
 peft = pytest.importorskip("peft")
 
@@ -133,3 +133,15 @@ def test_dora_is_refused(net):
 def test_another_config_is_refused():
     with pytest.raises(TypeError, match=r"config must be a peft\.LoraConfig, got dict"):
         onebit_lora({})
+
+
+@pytest.mark.skipif(not torch.ops.onebit.can_prepack(), reason="no kernels of prepacked weights")
+def test_adapters_go_over_prepacked_layers_and_layers_under_adapters_prepack(net):
+    expected = prepack_(net)(IDS)
+    model = peft.get_peft_model(net, config()).eval()
+    torch.testing.assert_close(model(IDS), expected)
+    prepack_(model)
+    assert isinstance(model.base_model.model.up.base_layer, PrepackedLinear)
+    torch.testing.assert_close(model(IDS), expected)
+    losses = train(model)
+    assert losses[-1] < losses[0] / 2

@@ -12,8 +12,10 @@ from torch import nn
 from torch_onebit import (
     OneBitEmbedding,
     OneBitLinear,
+    PrepackedLinear,
     dequantize_,
     load_checkpoint,
+    prepack_,
     quantize_,
     save_checkpoint,
     thaw_levels_,
@@ -340,3 +342,18 @@ def test_architectures(kind, auto, sizes, inputs, skip, layers, left, tmp_path):
     assert_same(model, again)
     assert torch.equal(output, again(**(inputs or {"input_ids": IDS})).logits)
     assert (len(swapped), matrices) == (layers, left)
+
+
+@pytest.mark.skipif(not torch.ops.onebit.can_prepack(), reason="no kernels of prepacked weights")
+@pytest.mark.parametrize("tied", [False, True])
+def test_prepacked_models_generate_and_save_as_the_others(tied, tmp_path):
+    model = quantize_(build(tied=tied), group_size=32)
+    logits, words = model(IDS).logits, model.generate(IDS, max_new_tokens=3, do_sample=False)
+    prepack_(model)
+    torch.testing.assert_close(model(IDS).logits, logits)
+    assert torch.equal(model.generate(IDS, max_new_tokens=3, do_sample=False), words)
+    attach_quantizer_(model)
+    model.save_pretrained(tmp_path)
+    assert sum(isinstance(m, PrepackedLinear) for m in model.modules()) == 2 * 7 + (not tied)
+    assert_same(load(tmp_path), model)
+    torch.testing.assert_close(load_checkpoint(tmp_path, model)(IDS).logits, logits)

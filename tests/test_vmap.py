@@ -15,10 +15,16 @@ def stack(*sizes):
 
 
 def with_prepacked(x, weights) -> dict:
-    """Where the kernels have such a form."""
+    packed, scales, _ = weights
     prepacked = ops.prepack(*weights, 32)
-    qmm = lambda x: ops.qmm_prepacked(x, *weights, prepacked, 32)
-    return {"qmm_prepacked over x": (qmm, (x,), (0,))}
+    form = (len(packed), packed.shape[1] * 32, 32, scales.dtype, False)
+    qmm = lambda x, w: ops.qmm_prepacked(x, w, *form)
+    many = torch.stack([prepacked] * B)
+    return {
+        "qmm_prepacked over x": (qmm, (x, prepacked), (0, None)),
+        "qmm_prepacked over both": (qmm, (x, many), (0, 0)),
+        "unprepack": (lambda w: ops.unprepack(w, *form)[0], (many,), (0,)),
+    }
 
 
 # name: (function of one sample, its arguments with the batch in front or not, in_dims)
@@ -47,9 +53,9 @@ def cases() -> dict:
         "qmm over scales": (qmm, (x[0], one[0], many[1], one[2]), (None, None, 0, None)),
         "qmm over x, stacked weights": (qmm, (x, *few), (0, None, None, None)),
         "qmm vector, stacked weights": (qmm, (x[:, 0], *few), (0, None, None, None)),
-        **(with_prepacked(x, one) if ops.can_prepack() else {}),
+        **with_prepacked(x, one),
         "linear over x and bias": (
-            lambda x, bias: torch.ops.onebit.linear(x, *one, bias, None, 32),
+            lambda x, bias: torch.ops.onebit.linear(x, *one, bias, 32),
             (x, torch.randn(B, one[0].shape[0])),
             (0, 0),
         ),

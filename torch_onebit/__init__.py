@@ -19,7 +19,9 @@ from torch_onebit.nn import (
     OneBitLinear,
     OneBitModule,
     OneBitStack,
+    PrepackedLinear,
     tie,
+    unprepack_,
 )
 from torch_onebit.onnx_export import onnx_translations
 from torch_onebit.ops import (
@@ -30,8 +32,10 @@ from torch_onebit.ops import (
     linear,
     prepack,
     qmm,
+    qmm_prepacked,
     quantize,
     quantize_levels,
+    unprepack,
 )
 from torch_onebit.packing import pack_bits, unpack_bits
 from torch_onebit.parameters import (
@@ -72,6 +76,7 @@ __all__ = [
     "OneBitModule",
     "OneBitStack",
     "ParameterCount",
+    "PrepackedLinear",
     "QATEmbedding",
     "QATLinear",
     "Report",
@@ -96,6 +101,7 @@ __all__ = [
     "prepack_",
     "prepare_qat_",
     "qmm",
+    "qmm_prepacked",
     "quantize",
     "quantize_",
     "quantize_levels",
@@ -107,4 +113,6 @@ __all__ = [
     "thaw_lora_",
     "tie",
     "unpack_bits",
+    "unprepack",
+    "unprepack_",
 ]

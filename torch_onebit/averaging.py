@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.optim import swa_utils
 
+from torch_onebit.nn import unprepack_
+
 
 class AveragedModel(swa_utils.AveragedModel):
     """``torch.optim.swa_utils.AveragedModel`` that never averages packed weights.
@@ -17,6 +19,8 @@ class AveragedModel(swa_utils.AveragedModel):
 
     def update_parameters(self, model: nn.Module) -> None:
         """Average the parameters (and floating buffers) of model into this one."""
+        for each in (self, model):  # parameters are gone through side by side
+            unprepack_(each)
         super().update_parameters(model)
         with torch.no_grad():
             for averaged, source in zip(self.module.buffers(), model.buffers(), strict=True):

@@ -17,8 +17,8 @@ def _product(x: Any, packed: Any, *rest: Any, transpose: bool = True, **keywords
     return 2 * lead * k * n
 
 
-def _prepacked(x: Any, packed: Any, *rest: Any, **keywords: Any) -> int:
-    return _product(x, packed)
+def _prepacked(x: Any, prepacked: Any, n: int, *rest: Any, **keywords: Any) -> int:
+    return 2 * prod(x) * n
 
 
 def _gathered(x: Any, packed: Any, *rest: Any, out_shape: Any, **keywords: Any) -> int:

@@ -27,6 +27,7 @@ from torch_onebit.nn import (
     OneBitModule,
     OneBitStack,
     tie,
+    unprepack_,
 )
 from torch_onebit.saving import stored_path
 from torch_onebit.skeleton import skeleton
@@ -139,6 +140,7 @@ def fill_(
 ) -> None:
     """Load an open checkpoint into a model, in place."""
     check_model(model)
+    unprepack_(model)
     plan = _plan(model, source, other_bits, strict)
     work = [*plan.tensors.items(), *plan.layers.items()]  # biases before their layers are swapped
     bar = tqdm(work, desc="load", unit="tensor", delay=1, disable=None if progress else True)

@@ -33,7 +33,7 @@ class LoRALinear(nn.Module):
         _check_lora(rank, alpha)
         self.base = base
         self.scaling = (rank if alpha is None else alpha) / rank
-        like = {"device": base.scales.device, "dtype": base.scales.dtype}
+        like = base.level_options
         self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, **like))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, **like))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))

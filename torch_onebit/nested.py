@@ -23,15 +23,19 @@ def on_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch._nested_view_from_buffer(y.flatten(), sizes, strides, lengths.cumsum(0) - lengths)
 
 
-def _linear(x, packed, scales, biases=None, bias=None, prepacked=None, group_size=128):
-    rest = (packed, scales, biases, bias, prepacked, group_size)
-    return on_rows(lambda rows: torch.ops.onebit.linear(rows, *rest), x)
+def _linear(x, *weights):
+    return on_rows(lambda rows: torch.ops.onebit.linear(rows, *weights), x)
+
+
+def _linear_prepacked(x, *weights):
+    return on_rows(lambda rows: torch.ops.onebit.linear_prepacked(rows, *weights), x)
 
 
 _library = torch.library.Library("onebit", "IMPL")
 
 
 def register() -> None:
-    """Rules of ``linear`` for nested tensors; gradients follow from what it is made of."""
+    """Rules of linear layers for nested tensors; gradients follow from what they are made of."""
     for key in ("NestedTensorCPU", "AutogradNestedTensor"):
         _library.impl("linear", _linear, key)
+        _library.impl("linear_prepacked", _linear_prepacked, key)

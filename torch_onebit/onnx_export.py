@@ -18,7 +18,8 @@ def onnx_translations() -> dict[Any, Callable[..., Any]]:
     they load it: small on disk, float in memory.
 
     Returns:
-        a translation for ``linear``, ``qmm``, ``dequantize`` and ``embedding``.
+        a translation for ``linear``, ``qmm``, ``dequantize`` and ``embedding``. That of prepacked
+        weights is an error: call ``unprepack_`` before an export.
     Raises:
         ImportError: onnxscript is not installed (``pip install onnx onnxscript``).
     """
@@ -62,13 +63,7 @@ def onnx_translations() -> dict[Any, Callable[..., Any]]:
         return op.CastLike(op.MatMul(wide(x), w), x)
 
     def linear(
-        x: Any,
-        packed: Any,
-        scales: Any,
-        biases: Any,
-        bias: Any,
-        prepacked: Any,
-        group_size: int = 128,
+        x: Any, packed: Any, scales: Any, biases: Any, bias: Any, group_size: int = 128
     ) -> Any:
         y = qmm(x, packed, scales, biases, group_size)
         return y if bias is None else op.Add(y, op.CastLike(bias, y))
@@ -86,8 +81,16 @@ def onnx_translations() -> dict[Any, Callable[..., Any]]:
         shape = op.Concat(op.Shape(indices), op.Constant(value_ints=[k]), axis=0)
         return op.Reshape(rows, shape)
 
+    def refuse_prepacked(*arguments: Any) -> Any:
+        raise ValueError(
+            "model must hold its weights as they are stored, got prepacked ones: call "
+            "unprepack_(model) first"
+        )
+
     ops = torch.ops.onebit
     return {
+        ops.qmm_prepacked.default: refuse_prepacked,
+        ops.linear_prepacked.default: refuse_prepacked,
         ops.qmm.default: qmm,
         ops.linear.default: linear,
         ops.dequantize.default: dequantize,

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from torch import nn
 
 from torch_onebit.checks import check_model
 from torch_onebit.lora import LoRALinear
-from torch_onebit.nn import OneBitModule
+from torch_onebit.nn import OneBitModule, PrepackedLinear
 from torch_onebit.surgery import FilterFn, chosen_layers
 
 
@@ -21,7 +22,7 @@ def thaw_levels_(
 ) -> nn.Module:
     """Make scales and biases of 1-bit layers trainable, in place; the bits stay frozen.
 
-    Their gradients are exact and computed from packed weights.
+    Their gradients are exact and computed from packed weights; prepacked layers are unpacked.
 
     Args:
         model: a model with 1-bit layers, or one of them.
@@ -36,6 +37,8 @@ def thaw_levels_(
         UserWarning: a pattern of skip that no layer matches.
     """
     for layer in chosen_layers(model, OneBitModule, filter_fn, skip):
+        if isinstance(layer, PrepackedLinear) and not requires_grad:
+            continue  # its levels are frozen
         for levels in (layer.scales, layer.biases):
             if levels is not None:
                 levels.requires_grad_(requires_grad)
@@ -119,19 +122,28 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     torchinfo see no packed weights: they are a buffer. This sees both.
     """
     check_model(model)
-    packed = levels = words = 0
+    packed = levels = word_bytes = 0
+    hidden = 0  # levels that are no parameters
     seen: set[int] = set()
     for module in model.modules():
-        if isinstance(module, OneBitModule) and id(module.weight) not in seen:
-            seen.add(id(module.weight))
-            packed += getattr(module, module.rows_name) * getattr(module, module.columns_name)
-            words += module.weight.numel() * module.weight.element_size()
-            levels += sum(t.numel() for t in (module.scales, module.biases) if t is not None)
+        if not isinstance(module, OneBitModule):
+            continue
+        prepacked = isinstance(module, PrepackedLinear)
+        words = module.prepacked if prepacked else module.weight
+        if id(words) in seen:
+            continue
+        seen.add(id(words))
+        rows, columns = (getattr(module, n) for n in (module.rows_name, module.columns_name))
+        packed += rows * columns
+        own = rows * ceil(columns / module.group_size) * (1 if module.symmetric else 2)
+        levels += own
+        hidden += own if prepacked else 0
+        word_bytes += words.numel() * words.element_size()
     parameters = list(model.parameters())
     return ParameterCount(
         packed=packed,
         levels=levels,
-        floats=sum(p.numel() for p in parameters) - levels,
+        floats=sum(p.numel() for p in parameters) - levels + hidden,
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        bytes=words + sum(p.numel() * p.element_size() for p in parameters),
+        bytes=word_bytes + sum(p.numel() * p.element_size() for p in parameters),
     )

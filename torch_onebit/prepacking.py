@@ -1,12 +1,13 @@
-"""prepack_: the interleaved copy of a model's weights for decoding on the CPU."""
+"""prepack_: a model's weights in the order in which kernels of the CPU read them."""
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
-from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule
+from torch_onebit.checks import check_model
+from torch_onebit.nn import OneBitLinear, OneBitModule, PrepackedLinear
 from torch_onebit.surgery import FilterFn, swap_
 
 
@@ -17,17 +18,17 @@ def prepack_(
     skip: Iterable[str] = (),
     progress: bool = True,
 ) -> nn.Module:
-    """Give every OneBitLinear of a model on the CPU an interleaved copy of its weights, in place.
+    """Have every OneBitLinear of a model on the CPU hold its weights in kernel order, in place.
 
-    Products with one to four rows of x (decoding) use it from then on, at the price of holding the
-    weights twice. The state_dict stays as it is. Moving a layer, converting or copying it, and
-    loading weights drop its copy; after a change of its weights in place, call prepack_ again: a
-    forward pass with the old copy is refused. What was done is in ``report(model)``.
+    For inference: products with any number of rows of x are faster. Nothing is held twice: a layer
+    becomes a ``PrepackedLinear``, with one buffer for weight, scales and biases, and an
+    ``OneBitLinear`` again before anything can change those (``train()``, loading, moving,
+    converting, reading or setting one of them). The state_dict stays as it is. What was done is in
+    ``report(model)``.
 
     Args:
         model: the model, not itself a layer (use its ``prepack``).
-        filter_fn: ``filter_fn(module, name)`` is false to leave a 1-bit layer alone. Given one, it
-            is asked about OneBitEmbedding too, whose copy serves ``as_linear``.
+        filter_fn: ``filter_fn(module, name)`` is false to leave an OneBitLinear alone.
         skip: patterns of names to leave, as in ``quantize_``.
         progress: show a progress bar when it takes more than a moment.
     Returns:
@@ -38,13 +39,24 @@ def prepack_(
     Warns:
         UserWarning: nothing was done, with the reason, or a pattern of skip that no layer matches.
     """
-    wanted = OneBitLinear if filter_fn is None else (OneBitLinear, OneBitEmbedding)
+    check_model(model)
+    held = Counter(id(m.weight) for m in model.modules() if _is_canonical(m))
+
+    def check(layer: OneBitLinear, options: dict[str, Any]) -> str | None:
+        if isinstance(layer, PrepackedLinear):
+            return "prepacked already"
+        try:
+            layer.check_prepackable()
+        except (NotImplementedError, TypeError, ValueError) as error:
+            return str(error)
+        return "another layer has its weights too" if held[id(layer.weight)] > 1 else None
+
     return swap_(
         "prepack_",
         model,
-        lambda module: isinstance(module, wanted),
+        lambda module: isinstance(module, OneBitLinear),
         lambda layer: layer.prepack,
-        check=_check,
+        check=check,
         filter_fn=filter_fn,
         skip=skip,
         progress=progress,
@@ -52,11 +64,5 @@ def prepack_(
     )
 
 
-def _check(layer: OneBitModule, options: dict[str, Any]) -> str | None:
-    if layer.weight.device.type != "cpu":
-        return f"on {layer.weight.device.type}; prepacked weights serve the cpu"
-    if layer.scales.dtype == torch.float64:
-        return "float64 levels"
-    if not torch.ops.onebit.can_prepack():
-        return f"the {torch.ops.onebit.cpu_isa()} kernels have no prepacked form"
-    return None
+def _is_canonical(module: nn.Module) -> bool:
+    return isinstance(module, OneBitModule) and not isinstance(module, PrepackedLinear)

@@ -9,10 +9,11 @@ from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils.parametrize import ParametrizationList
 
 from torch_onebit.checks import check_model
-from torch_onebit.float_layers import experts_obstacle, is_experts
+from torch_onebit.float_layers import experts_obstacle, is_experts, shape_of
 from torch_onebit.nn import OneBitModule
 
 _ATTRIBUTE = "onebit_report"
+_PACKED = ("OneBit", "Prepacked")  # classes of packed layers begin with one of these
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Report:
     @property
     def bits_per_weight(self) -> float:
         """Bits stored per weight of packed layers, levels included; 0 when there are none."""
-        packed = [row for row in self.layers if row.kind.startswith("OneBit") and row.bytes_after]
+        packed = [row for row in self.layers if row.kind.startswith(_PACKED) and row.bytes_after]
         weights = sum(prod(row.shape) for row in packed)
         return 8 * sum(row.bytes_after for row in packed) / weights if weights else 0.0
 
@@ -190,8 +191,7 @@ def record(
     left = list(left_float(model, reasons, earlier))
     for name, layer in stayed.values():
         if getattr(layer, "is_onebit", False):  # nothing of it is float
-            shape = tuple(layer.weight.shape)
-            left.append(LeftRow(name, type(layer).__name__, shape, 0, reasons[id(layer)]))
+            left.append(LeftRow(name, type(layer).__name__, shape_of(layer), 0, reasons[id(layer)]))
     made.record(rows, left)
     setattr(model, _ATTRIBUTE, made)
     return made
@@ -273,7 +273,7 @@ def weight_bytes(layer: nn.Module) -> int:
     own = [tensor_bytes(p) for key, p in layer.named_parameters(recurse=False) if key != "bias"]
     words = 0
     if isinstance(layer, OneBitModule):
-        words = tensor_bytes(layer.weight) + tensor_bytes(layer._prepacked)
+        words = sum(tensor_bytes(layer._buffers.get(name)) for name in ("weight", "prepacked"))
     return words + sum(own) + sum(weight_bytes(child) for child in layer.children())
 
 

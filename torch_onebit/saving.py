@@ -11,7 +11,7 @@ from torch_onebit.checkpoint import CheckpointError, Packed, save_gguf, save_mlx
 from torch_onebit.checkpoint.gguf_tokenizer import tokenizer_entries
 from torch_onebit.checkpoint.mlx import MAX_SHARD_BYTES
 from torch_onebit.checks import check_count, check_model
-from torch_onebit.nn import OneBitModule, OneBitStack
+from torch_onebit.nn import OneBitModule, OneBitStack, PrepackedLinear
 
 
 def save_checkpoint(
@@ -86,8 +86,12 @@ def layers_once(model: nn.Module) -> Iterator[tuple[str, str, OneBitModule]]:
     """Every 1-bit layer, of those that share weights the first: its path in a file, and its own."""
     seen: set[int] = set()
     for path, module in model.named_modules():
-        if isinstance(module, OneBitModule) and id(module.scales) not in seen:
-            seen.add(id(module.scales))
+        if not isinstance(module, OneBitModule):
+            continue
+        # Prepacked ones share nothing.
+        key = id(module if isinstance(module, PrepackedLinear) else module.scales)
+        if key not in seen:
+            seen.add(key)
             in_file = path
             if isinstance(module, OneBitStack) and "." in path:
                 in_file = stored_path(*path.rsplit(".", 1))
@@ -108,9 +112,9 @@ def packed_layers(
                 f"{path} must have whole groups of {module.group_size} columns to be stored, "
                 f"got {module._lacking} too few"
             )
-        tensors = []
+        own, tensors = module.canonical(), []
         for entry in ("weight", "scales", "biases"):
-            tensor = getattr(module, entry)
+            tensor = getattr(own, entry)
             if tensor is not None and tensor.is_meta:
                 if load is None:
                     raise CheckpointError(

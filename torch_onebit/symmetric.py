@@ -33,15 +33,15 @@ def symmetrize_(
     Warns:
         UserWarning: nothing was changed, or a pattern of skip that no layer matches.
     """
-    known: dict[int, bool] = {}  # by identity of the biases: tied layers share them
+    known: dict[nn.Parameter, bool] = {}  # tied layers share their biases
 
     def check(layer: OneBitModule, options: dict[str, Any]) -> str | None:
-        if layer.biases is None:
+        own = layer.canonical()
+        if own.biases is None:
             return "it is symmetric already"
-        key = id(layer.biases)
-        if key not in known:
-            known[key] = _redundant(layer)
-        return None if known[key] else "its biases are not -scales / 2"
+        if own.biases not in known:
+            known[own.biases] = _redundant(own)
+        return None if known[own.biases] else "its biases are not -scales / 2"
 
     return swap_(
         "symmetrize_",

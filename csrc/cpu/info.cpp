@@ -30,7 +30,7 @@ void set_cpu_isa(const std::string& name) {
 TORCH_LIBRARY_FRAGMENT(onebit, m) {
   m.def("cpu_isas() -> str[]", &cpu_isas);
   m.def("cpu_isa() -> str", &cpu_isa);
-  m.def("can_prepack() -> bool", [] { return kernels().prepack != nullptr; });
+  m.def("can_prepack() -> bool", [] { return kernels().qmm_prepacked != nullptr; });
   m.def("set_cpu_isa(str name) -> ()", &set_cpu_isa);
 }
 

@@ -40,6 +40,15 @@ struct QmmArgs {
   const int64_t* y_rows = nullptr;
 };
 
+// A handful of outputs has too few roundings to average out: the scalar kernel, which sums in
+// double, is as fast there and keeps each of them within the accuracy rule.
+inline bool is_tiny(const QmmArgs& a) { return a.m * a.n <= 16 && a.m * a.n * a.k <= 16384; }
+
+// Float64 and tiny products have no other kernels.
+inline bool needs_scalar(const QmmArgs& a) {
+  return a.dtype == DType::kDouble || a.w.dtype == DType::kDouble || is_tiny(a);
+}
+
 // grad_scales[r, g] += sum over the group of dW[r, j] * bit(r, j);  grad_biases: the same without
 // bit. dW = y_grad^T . x when w is [n, k] (transpose), x^T . y_grad when w is [k, n].
 struct AffineGradArgs {
@@ -89,11 +98,10 @@ struct Kernels {
 
   const LevelKernels* levels;  // levels.h
 
-  // The weights in the form of prepacked.h, tiles [begin, end) of rows; the product
-  // (transpose=True) with it, where `w` has its sizes. Null where an instruction set has no such
-  // form; float only.
-  void (*prepack)(const Weights&, char* out, int64_t begin, int64_t end) = nullptr;
-  void (*qmm_prepacked)(const QmmArgs&, const char* prepacked, const Block&) = nullptr;
+  // The product (transpose=True) with weights in the form of prepacked.h; a.w has their sizes and
+  // no tensors but, as a sign that there are any, biases. Not for what needs_scalar; null where an
+  // instruction set has no such kernel.
+  void (*qmm_prepacked)(const QmmArgs& a, const char* prepacked, const Block&) = nullptr;
 };
 
 // The reference, one value at a time; other tables give it what they have no fast form of.

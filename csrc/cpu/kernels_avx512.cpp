@@ -55,7 +55,6 @@ void qmm_prepacked(const QmmArgs& a, const char* prepacked, const Block& block) 
 
 constexpr Kernels make_kernels(bool (*supported)()) {
   Kernels k = Table<Shapes>::make("avx512", supported, &kAvx512LevelKernels);
-  k.prepack = prepack;
   k.qmm_prepacked = qmm_prepacked;
   return k;
 }

@@ -1,4 +1,4 @@
-// The prepacked form of AVX-512: how it is made, and the product with it.
+// The product with prepacked weights.
 #pragma once
 
 #include "pairs_avx512-inl.h"
@@ -7,52 +7,6 @@
 
 namespace onebit::cpu {
 namespace {
-
-// Scales or biases of one group and up to one tile of rows.
-template <class T>
-void copy_levels(const T* from, int64_t stride, int64_t rows, T* to) {
-  for (int64_t r = 0; r < PrepackedLayout::kTileRows; ++r) {
-    to[r] = r < rows ? from[r * stride] : T(0);
-  }
-}
-
-inline void copy_levels(const void* from, int64_t stride, int64_t rows, int64_t size, char* to) {
-  if (size == 4) {
-    copy_levels(static_cast<const uint32_t*>(from), stride, rows, reinterpret_cast<uint32_t*>(to));
-  } else {
-    copy_levels(static_cast<const uint16_t*>(from), stride, rows, reinterpret_cast<uint16_t*>(to));
-  }
-}
-
-inline void prepack(const Weights& w, char* out, int64_t begin, int64_t end) {
-  using Pairs = PairsAvx512<PrepackedLayout::kTileRows / 32>;
-  const PrepackedLayout layout(w);
-  const int64_t words = w.columns / kWordBits, size = element_size(w.dtype);
-  const int halves_per_group = w.group_size / 16;
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t row = tile * PrepackedLayout::kTileRows;
-    const int64_t rows = at_most(PrepackedLayout::kTileRows, w.rows - row);
-    Pairs::for_quads(w.packed + row * words, words, int(rows), int(words),
-                     [&](int pair, int word, const __m512i(&halves)[8]) {
-                       const int first = word * 2, count = int(at_most(8, words * 2 - first));
-                       for (int i = 0; i < count; ++i) {
-                         const int group = (first + i) / halves_per_group;
-                         const int half = (first + i) % halves_per_group;
-                         char* to = out + layout.offset(group, tile);
-                         _mm512_storeu_si512(to + (half * Pairs::kPairs + pair) * 64, halves[i]);
-                       }
-                     });
-    for (int64_t g = 0; g < layout.groups; ++g) {
-      const int64_t at = (row * layout.groups + g) * size;
-      char* to = out + layout.offset(g, tile) + layout.word_bytes;
-      copy_levels(static_cast<const char*>(w.scales) + at, layout.groups, rows, size, to);
-      if (w.biases) {
-        copy_levels(static_cast<const char*>(w.biases) + at, layout.groups, rows, size,
-                    to + layout.level_bytes);
-      }
-    }
-  }
-}
 
 // From memory 103 GMAC/s per thread with it, 80 without; 4 blocks give 97, 16 give 92.
 constexpr int64_t kPrefetchBlocks = 8;
@@ -84,36 +38,46 @@ struct PrepackedGroup {
   }
 };
 
-constexpr int64_t kPrepackedPanel = 4096;  // outputs that share tables and fit L2
+// One tile of rows of x passes over all of k for outputs that share tables; more rows take the
+// weights in pieces that stay in L2 until all have met them.
+constexpr int64_t kPrepackedPanel = 4096;
 
 template <class L, int kWords>
 void qmm_prepacked_panels(const QmmArgs& a, const char* prepacked, const Block& block) {
   const PrepackedLayout layout(a.w);
-  const int64_t panel = at_most(kPrepackedPanel, block.n_end - block.n_begin);
+  const int64_t m_block = at_most(kBlockM, block.m_end - block.m_begin);
+  const bool few = m_block <= L::kMaxM;
+  const int64_t panel = at_most(few ? kPrepackedPanel : kPanelRows, block.n_end - block.n_begin);
+  const int64_t chunk = few ? layout.groups : kChunkColumns / (kWords * kWordBits);
   const int64_t ld = tiles_for(panel, L::kRows) * L::kRows;
-  Arena arena(L::kMaxM * (2 * L::table_size(kWords) + ld) * 4);
+  Arena arena((2 * L::kMaxM * L::table_size(kWords) + m_block * ld) * 4);
   auto* table = arena.take<float>(L::kMaxM * L::table_size(kWords));
   auto* second = arena.take<float>(L::kMaxM * L::table_size(kWords));
-  auto* acc = arena.take<float>(L::kMaxM * ld);
-  for (int64_t n = block.n_begin; n < block.n_end; n += panel) {
-    const int64_t n_count = at_most(panel, block.n_end - n), tiles = tiles_for(n_count, L::kRows);
-    for_row_tiles<L>(block.m_end - block.m_begin, [&](auto rows, int64_t i) {
-      constexpr int kM = decltype(rows)::value;
-      const int64_t m = block.m_begin + i;
-      for (int64_t j = 0; j < kM * ld; j += L::kLanes) L::store(acc + j, L::zero());
-      for (int64_t g = 0; g < layout.groups; ++g) {
-        const int64_t column = g * kWords * kWordBits;
-        Group<kM> group;
-        build_tables<L, kM, kWords>(activations(a), m, column, table, second, group);
-        add_group<L, kM, kWords>(
-            activations(a), m, column, group, table, second,
-            PrepackedGroup<L>{prepacked + layout.offset(g, n / L::kRows), layout.word_bytes,
-                              layout.level_bytes, layout.block_bytes, a.w.dtype,
-                              a.w.biases != nullptr},
-            acc, tiles, ld);
+  auto* acc = arena.take<float>(m_block * ld);
+  for (int64_t m = block.m_begin; m < block.m_end; m += m_block) {
+    const int64_t m_count = at_most(m_block, block.m_end - m);
+    for (int64_t n = block.n_begin; n < block.n_end; n += panel) {
+      const int64_t n_count = at_most(panel, block.n_end - n), tiles = tiles_for(n_count, L::kRows);
+      for (int64_t j = 0; j < m_count * ld; j += L::kLanes) L::store(acc + j, L::zero());
+      for (int64_t first = 0; first < layout.groups; first += chunk) {
+        const int64_t last = at_most(first + chunk, layout.groups);
+        for_row_tiles<L>(m_count, [&](auto rows, int64_t i) {
+          constexpr int kM = decltype(rows)::value;
+          for (int64_t g = first; g < last; ++g) {
+            const int64_t column = g * kWords * kWordBits;
+            Group<kM> group;
+            build_tables<L, kM, kWords>(activations(a), m + i, column, table, second, group);
+            add_group<L, kM, kWords>(
+                activations(a), m + i, column, group, table, second,
+                PrepackedGroup<L>{prepacked + layout.offset(g, n / L::kRows), layout.word_bytes,
+                                  layout.level_bytes, layout.block_bytes, a.w.dtype,
+                                  a.w.biases != nullptr},
+                acc + i * ld, tiles, ld);
+          }
+        });
       }
-      store_rows<L>(a, m, kM, n, n_count, acc, ld);
-    });
+      store_rows<L>(a, m, m_count, n, n_count, acc, ld);
+    }
   }
 }
 

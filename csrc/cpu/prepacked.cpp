@@ -1,46 +1,37 @@
-// prepack and qmm_prepacked on the CPU.
+// prepack, unprepack and qmm_prepacked on the CPU.
+#include "prepacked.h"
+
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 
-#include "../ops/product/rules.h"
+#include "../ops/product/operands.h"
+#include "../ops/product/prepacked.h"
 #include "parallel.h"
-#include "prepacked.h"
 #include "tasks.h"
 #include "tensors.h"
 
 namespace onebit::cpu {
 namespace {
 
-// A sample, for all would cost what the copy saves: the first and the last group of rows spread
-// over the matrix.
-bool is_copy(const char* copy, const PrepackedLayout& layout, const Weights& w) {
-  constexpr int64_t kSamples = 4;
-  for (int64_t i = 0; i < kSamples; ++i) {
-    const int64_t row = i * (w.rows - 1) / (kSamples - 1);
-    if (!layout.holds(copy, w, row, 0) || !layout.holds(copy, w, row, layout.groups - 1)) {
-      return false;
-    }
-  }
-  return true;
-}
+constexpr int64_t kRowsPerTask = 64;  // that are worth a second thread when they are copied
 
-Tensor prepack(const Tensor& packed,
-               const Tensor& scales,
-               const OptionalTensor& biases,
-               int64_t group_size) {
+Tensor prepack_cpu(const Tensor& packed,
+                   const Tensor& scales,
+                   const OptionalTensor& biases,
+                   int64_t group_size) {
   check_prepack<int64_t>(packed, scales, biases, group_size);
-  const auto& table = kernels();
-  TORCH_CHECK_NOT_IMPLEMENTED(table.prepack,
-                              "onebit::prepack must run with the avx512 kernels, got ", table.name);
   const WeightTensors weights(packed, scales, biases, group_size);
   const auto w = weights.matrix(0, packed.size(0));
-  const PrepackedLayout layout(w);
-  auto out = at::empty({layout.bytes()}, packed.options().dtype(at::kByte));
+  auto out = at::zeros({PrepackedLayout(w).bytes()}, packed.options().dtype(at::kByte));
   char* data = static_cast<char*>(out.mutable_data_ptr());
-  in_parallel(0, layout.tiles, 16,
-              [&](int64_t begin, int64_t end) { table.prepack(w, data, begin, end); });
+  const PrepackedHeader header(w, biases.has_value());
+  std::memcpy(data, &header, sizeof header);
+  in_parallel(0, w.rows, kRowsPerTask,
+              [&](int64_t begin, int64_t end) { prepack(w, data, begin, end); });
   return out;
 }
 
@@ -48,41 +39,84 @@ Tensor prepack_meta(const Tensor& packed,
                     const Tensor& scales,
                     const OptionalTensor& biases,
                     int64_t group_size) {
-  using Layout = PrepackedLayout;
   check_prepack<c10::SymInt>(packed, scales, biases, group_size);
-  const auto block = Layout::block_size(int(group_size), scales.element_size(), biases.has_value());
-  const auto columns = packed.sym_size(1) * kWordBits;
-  const auto bytes = Layout::bytes(packed.sym_size(0), columns, int(group_size), block);
+  const auto bytes = PrepackedLayout::bytes<c10::SymInt>(
+      packed.sym_size(0), packed.sym_size(1) * kWordBits, int(group_size), scales.element_size(),
+      biases.has_value());
   return at::empty_symint({bytes}, packed.options().dtype(at::kByte));
 }
 
-Tensor prepacked_cpu(const Operands& o) {
-  const auto shape = check_product<int64_t>(o);
-  const Tensor &x = o.x, &prepacked = *o.prepacked;
+// The sizes of prepacked weights, whose bytes say the same.
+Weights sizes_of(const Prepacked& p) {
+  const char* data = static_cast<const char*>(p.bytes.const_data_ptr());
+  const Weights w{nullptr,           nullptr, p.symmetric ? nullptr : data,
+                  dtype_of(p.dtype), p.rows,  p.columns,
+                  int(p.group_size)};
+  const PrepackedHeader header(w, !p.symmetric);
+  // Bytes of a bit per weight at least: sizes of which the rest holds do not overflow.
+  const bool same = p.bytes.numel() >= int64_t(sizeof header) &&
+                    std::memcmp(data, &header, sizeof header) == 0 &&
+                    (p.rows == 0 || p.columns <= 8 * p.bytes.numel() / p.rows) &&
+                    p.bytes.numel() == PrepackedLayout(w).bytes();
+  TORCH_CHECK_VALUE(same, "prepacked must be what prepack of this version made of [", p.rows, ", ",
+                    p.columns, "] weights in groups of ", p.group_size, " with ", p.dtype,
+                    p.symmetric ? " scales" : " scales and biases", ", got ", p.bytes.numel(),
+                    " bytes of something else");
+  return w;
+}
+
+Canonical unprepack_cpu(const Prepacked& p) {
+  check_prepacked(p);
+  const auto w = sizes_of(p);
+  const auto options = p.bytes.options();
+  const int64_t groups = p.columns / p.group_size;
+  auto packed = at::empty({p.rows, p.columns / kWordBits}, options.dtype(at::kInt));
+  auto scales = at::empty({p.rows, groups}, options.dtype(p.dtype));
+  auto biases = at::empty({p.symmetric ? 0 : p.rows, groups}, options.dtype(p.dtype));
+  const auto bytes = [](const Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); };
+  const CanonicalBytes<char> out{bytes(packed), bytes(scales), bytes(biases)};
+  const char* data = static_cast<const char*>(p.bytes.const_data_ptr());
+  in_parallel(0, p.rows, kRowsPerTask,
+              [&](int64_t begin, int64_t end) { unprepack(w, data, out, begin, end); });
+  return {packed, scales, biases};
+}
+
+Tensor product_of_unpacked(const Tensor& x, const Prepacked& p) {
+  const auto [packed, scales, all_biases] = unprepack_cpu(p);
+  const auto biases = p.symmetric ? std::nullopt : OptionalTensor(all_biases);
+  return product({Form::kQmm, x, packed, scales, biases, p.group_size});
+}
+
+Tensor qmm_prepacked_cpu(const Tensor& x, const Prepacked& p) {
+  const auto shape = check_qmm_prepacked<int64_t>(x, p);
+  const auto w = sizes_of(p);
   const auto& table = kernels();
-  const int64_t rows = shape.n ? c10::multiply_integers(shape.y) / shape.n : 0;
-  if (rows > PrepackedLayout::kMaxRows || rows == 0 || shape.k == 0 ||
-      x.scalar_type() == at::kDouble || !table.qmm_prepacked) {
-    return product({Form::kQmm, x, o.packed, o.scales, o.biases, o.group_size});
+  const int64_t n = p.rows, k = p.columns, m = n ? c10::multiply_integers(shape) / n : 0;
+  if (!table.qmm_prepacked) {
+    TORCH_WARN_ONCE("torch_onebit has no kernel of qmm_prepacked among the ", table.name,
+                    " ones: weights are unpacked for every call, correctly and slowly");
+    return product_of_unpacked(x, p);
   }
-  const WeightTensors weights(o.packed, o.scales, o.biases, o.group_size);
-  const auto w = weights.matrix(0, shape.n);
-  const PrepackedLayout layout(w);
-  const char* data = static_cast<const char*>(prepacked.const_data_ptr());
-  TORCH_CHECK_VALUE(
-      prepacked.numel() == layout.bytes() && is_copy(data, layout, w),
-      "prepacked must be made from these weights as they are now (prepack again), got "
-      "a copy of ",
-      prepacked.numel(), " bytes from others or from before a change");
-  auto y = at::empty(shape.y, x.options());
+  auto y = at::empty(shape, x.options());
   const auto values = x.contiguous();
-  QmmArgs args{
-      values.const_data_ptr(), y.mutable_data_ptr(), dtype_of(x), rows, shape.n, shape.k, w};
-  const int64_t grain = ceil_div(kMacsPerTask, PrepackedLayout::kTileRows * shape.k * rows);
-  in_parallel(0, layout.tiles, grain, [&](int64_t begin, int64_t end) {
-    table.qmm_prepacked(args, data,
-                        {0, rows, begin * PrepackedLayout::kTileRows,
-                         std::min(end * PrepackedLayout::kTileRows, shape.n)});
+  const QmmArgs args{values.const_data_ptr(), y.mutable_data_ptr(), dtype_of(x), m, n, k, w};
+  if (m == 0 || k == 0 || needs_scalar(args)) return product_of_unpacked(x, p);
+  const char* data = static_cast<const char*>(p.bytes.const_data_ptr());
+  // Where there are fewer tiles of outputs than threads, rows of x are split too.
+  constexpr int64_t kTile = PrepackedLayout::kTileRows;
+  const int64_t tiles = ceil_div(n, kTile), row_tiles = ceil_div(m, table.m_tile);
+  const int64_t parts = std::min(ceil_div(at::get_num_threads(), tiles), row_tiles);
+  const int64_t step = ceil_div(row_tiles, parts) * table.m_tile;
+  const int64_t grain = ceil_div(kMacsPerTask, kTile * k * std::min(step, m));
+  in_parallel(0, ceil_div(m, step) * tiles, grain, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t part = begin / tiles, first = begin % tiles;
+      const int64_t last = std::min(tiles, first + end - begin);
+      table.qmm_prepacked(
+          args, data,
+          {part * step, std::min((part + 1) * step, m), first * kTile, std::min(last * kTile, n)});
+      begin += last - first;
+    }
   });
   return y;
 }
@@ -90,8 +124,9 @@ Tensor prepacked_cpu(const Operands& o) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, CPU, m) {
-  m.impl("prepack", &prepack);
-  m.impl("qmm_prepacked", &ProductForms<prepacked_cpu>::qmm_prepacked);
+  m.impl("prepack", &prepack_cpu);
+  m.impl("unprepack", &Unprepack<unprepack_cpu>::op);
+  m.impl("qmm_prepacked", &QmmPrepacked<qmm_prepacked_cpu>::op);
 }
 
 // Here and not with the schema: only this device prepacks, and its layout is its own.

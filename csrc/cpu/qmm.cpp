@@ -176,7 +176,7 @@ std::tuple<Tensor, Tensor> affine_grad_cpu(const Tensor& grad,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, CPU, m) {
-  ProductForms<product_cpu>::define(m, /*prepacked=*/false);  // prepacked.cpp
+  ProductForms<product_cpu>::define(m);
   m.impl("affine_grad", &affine_grad_cpu);
 }
 

@@ -1,5 +1,4 @@
-// The table of one instruction set: from run-time dtypes and group sizes to the templates. Float64
-// and tiny products go to the scalar table.
+// The table of one instruction set: from run-time dtypes and group sizes to the templates.
 #pragma once
 
 #include "affine_grad-inl.h"
@@ -9,14 +8,6 @@
 
 namespace onebit::cpu {
 namespace {
-
-// A handful of outputs has too few roundings to average out: the scalar kernel, which sums in
-// double, is as fast there and keeps each of them within the accuracy rule.
-ONEBIT_INLINE bool is_tiny(const QmmArgs& a) { return a.m * a.n <= 16 && a.m * a.n * a.k <= 16384; }
-
-ONEBIT_INLINE bool needs_scalar(const QmmArgs& a) {
-  return a.dtype == DType::kDouble || a.w.dtype == DType::kDouble || is_tiny(a);
-}
 
 // Whether x goes into int16 tables: only bfloat16, for float16 has more bits than their step
 // leaves. Below 128 outputs they save nothing.

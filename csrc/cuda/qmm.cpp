@@ -152,6 +152,6 @@ Tensor product_cuda(const Operands& o) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(onebit, CUDA, m) { ProductForms<product_cuda>::define(m, /*prepacked=*/false); }
+TORCH_LIBRARY_IMPL(onebit, CUDA, m) { ProductForms<product_cuda>::define(m); }
 
 }  // namespace onebit::cuda

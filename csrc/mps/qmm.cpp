@@ -85,7 +85,7 @@ Tensor product_mps(const Operands& o) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(onebit, MPS, m) { ProductForms<product_mps>::define(m, /*prepacked=*/false); }
+TORCH_LIBRARY_IMPL(onebit, MPS, m) { ProductForms<product_mps>::define(m); }
 
 TORCH_LIBRARY_FRAGMENT(onebit, m) {
   m.def("mps_tuning() -> str", &tuning);

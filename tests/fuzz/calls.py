@@ -236,8 +236,21 @@ def linear(choose: random.Random) -> tuple[dict, Check]:
     rows, k = packed.shape[0], packed.shape[1] * 32
     x = numbers(choose, choose.choice([1, 1, 2, 4, 5, 9]), k).to(choose.choice(FLOATS))
     bias = numbers(choose, rows).to(choose.choice(FLOATS)) if choose.random() < 0.6 else None
-    arguments |= {"x": layout(choose, x), "bias": bias, "prepacked": None, "group_size": group_size}
+    arguments |= {"x": layout(choose, x), "bias": bias, "group_size": group_size}
     return arguments, product_check(arguments)
+
+
+def linear_prepacked(choose: random.Random) -> tuple[dict, Check]:
+    """As linear, with the weights in the order of kernels; on tables without one too."""
+    arguments, _ = linear(choose)
+    for name in ("scales", "biases"):
+        if arguments[name] is not None and arguments[name].dtype == torch.float64:
+            arguments[name] = arguments[name].float()
+    check, weights = product_check(arguments), [arguments.pop(name) for name in WEIGHT_NAMES]
+    packed, scales, biases, group_size = weights
+    form = {"rows": packed.shape[0], "columns": packed.shape[1] * 32, "group_size": group_size}
+    form |= {"dtype": scales.dtype, "symmetric": biases is None}
+    return {**arguments, "prepacked": ops.prepack(*weights), **form}, check
 
 
 def affine_grad(choose: random.Random) -> tuple[dict, Check]:
@@ -377,6 +390,7 @@ CALLS: dict[str, Callable[[random.Random], tuple[dict, Check]]] = {
     "qmm": qmm,
     "gather_qmm": gather_qmm,
     "linear": linear,
+    "linear_prepacked": linear_prepacked,
     "affine_grad": affine_grad,
     "quantize": quantize,
     "dequantize": dequantize,

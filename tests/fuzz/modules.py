@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import torch_onebit
 from fuzz.calls import exact, expect_near, magnitude, unpacked
 from fuzz.tensors import FLOATS, GROUP_SIZES
-from torch_onebit import OneBitEmbedding, OneBitLinear
+from torch_onebit import OneBitEmbedding, OneBitLinear, PrepackedLinear
 from torch_onebit.nn import OneBitModule
 
 ops = torch.ops.onebit
@@ -68,6 +68,10 @@ class Pair:
     def layers(self) -> dict[str, OneBitModule]:
         return {n: m for n, m in self.model.named_modules() if isinstance(m, OneBitModule)}
 
+    def canonical(self) -> dict[str, OneBitModule]:
+        """The layers, to be read without a change of those that are prepacked."""
+        return {name: layer.canonical() for name, layer in self.layers().items()}
+
     def shown(self) -> Twin:
         """What the layers show, copied; what they share is shared."""
         copies: dict[int, Tensor] = {}
@@ -77,7 +81,7 @@ class Pair:
                 for key in NAMES
                 if (t := getattr(layer, key, None)) is not None
             }
-            for name, layer in self.layers().items()
+            for name, layer in self.canonical().items()
         }
 
     def pick(self) -> tuple[str, OneBitModule, str, Tensor]:
@@ -93,8 +97,9 @@ class Pair:
         computing = set(layers) if everything else {self.choose.choice(list(layers))}
         assert layers.keys() == self.twin.keys()
         for name, layer in layers.items():
+            read = layer if self.choose.random() < 0.2 else layer.canonical()
             for key, want in self.twin[name].items():
-                got = getattr(layer, key)
+                got = getattr(read, key)
                 assert got.dtype == want.dtype, f"{name}.{key} is {got.dtype}"
                 assert torch.equal(got, want), f"{name}.{key} is not what it should be"
             if name in computing:
@@ -116,7 +121,7 @@ class Pair:
             expect_near(rows, w[indices], size[indices], rows.dtype, 1)
             call = layer.as_linear
         dtype = choose.choice([own["scales"].dtype, torch.float32])
-        x = torch.randn(choose.choice([1, 2, 4, 5]), w.shape[1]).to(dtype)
+        x = torch.randn(choose.choice([1, 2, 4, 5, 9, 70]), w.shape[1]).to(dtype)
         with mode():
             y = call(x)
         want, mass = x.double() @ w.mT, x.double().abs() @ size.mT
@@ -193,7 +198,56 @@ def prepack(pair: Pair) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # kernels without such a form
         torch_onebit.prepack_(pair.model, filter_fn=lambda m, n: pair.choose.random() < 0.8)
-    return "prepack_"
+    return f"prepack_ {share_as_shown(pair)}"
+
+
+def unprepack(pair: Pair) -> str:
+    if pair.choose.random() < 0.5:
+        torch_onebit.unprepack_(pair.model)
+        return "unprepack_"
+    name = pair.choose.choice(list(pair.twin))
+    layer = pair.layers()[name]
+    if isinstance(layer, PrepackedLinear):
+        layer.unprepack()
+    return f"unprepack {name}"
+
+
+# What changes no weights, though it may change how they are held.
+TOUCHES: dict[str, Callable[[nn.Module], object]] = {
+    "train": lambda m: m.train(),
+    "eval": lambda m: m.eval(),
+    "to cpu": lambda m: m.to("cpu"),
+    "frozen": lambda m: m.requires_grad_(False),
+    "share_memory": lambda m: m.share_memory(),
+    "state_dict": lambda m: m.state_dict(),
+    "printed": lambda m: repr(m),
+    "counted": lambda m: torch_onebit.count_parameters(m),
+    "loaded as it is": lambda m: m.load_state_dict(m.state_dict()),
+}
+
+
+def touch(pair: Pair) -> str:
+    what = pair.choose.choice(list(TOUCHES))
+    TOUCHES[what](pair.model)
+    share_as_shown(pair)
+    return what
+
+
+def call_functionally(pair: Pair) -> str:
+    """A call with one tensor replaced, which must count for that call alone."""
+    name, choose = pair.choose.choice(list(pair.twin)), pair.choose
+    layer, key = pair.layers()[name], choose.choice(list(pair.twin[name]))
+    if isinstance(layer, OneBitEmbedding):
+        return "nothing: rows are not a product"
+    if isinstance(layer, PrepackedLinear) and key in ("scales", "biases"):
+        layer.unprepack()  # which it asks for
+    new = new_values(choose, key, pair.twin[name][key])
+
+    def call(x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {key: new}, (x,))
+
+    pair.check_forward(layer, call, {**pair.twin[name], key: new})
+    return f"functional_call of {name} with another {key}"
 
 
 def cast(pair: Pair) -> str:
@@ -250,13 +304,21 @@ def saved(pair: Pair) -> str:
     return f"load_state_dict(assign={assign}), fresh={fresh}"
 
 
-def share_as_shown(pair: Pair) -> None:
-    """Let the twin share what the layers share: that is PyTorch's affair."""
+def share_as_shown(pair: Pair) -> str:
+    """Let the twin share what the layers share: that is PyTorch's affair. Prepacked ones have
+    their weights alone. Says which those are."""
     first: dict[int, Tensor] = {}
+    prepacked = []
     for name, layer in pair.layers().items():
+        if isinstance(layer, PrepackedLinear):
+            prepacked.append(name)
         for key, t in pair.twin[name].items():
+            if isinstance(layer, PrepackedLinear) and key != "bias":
+                pair.twin[name][key] = t.clone()
+                continue
             place = getattr(layer, key).data_ptr()
             pair.twin[name][key] = first[place] = first.get(place, t.clone())
+    return " ".join(prepacked)
 
 
 def train(pair: Pair) -> str:
@@ -303,8 +365,9 @@ def swap_kernels(pair: Pair) -> str:
 def compile_layer(pair: Pair) -> str:
     if pair.choose.random() > 0.015:  # a hundred times dearer than other steps
         return "nothing"
-    name, layer, _, _ = pair.pick()
-    if any(getattr(layer, key).is_inference() for key in pair.twin[name]):
+    name = pair.choose.choice(list(pair.twin))
+    layer = pair.layers()[name]
+    if any(getattr(layer.canonical(), key).is_inference() for key in pair.twin[name]):
         return "nothing: inference tensors do not compile"
     pair.compiled[name] = torch.compile(layer, backend="eager", dynamic=True)
     return f"compile {name}"
@@ -359,6 +422,10 @@ STEPS: list[Callable[[Pair], str]] = [
     replace,
     prepack,
     prepack,
+    prepack,
+    unprepack,
+    touch,
+    call_functionally,
     cast,
     deep_copy,
     pickled,

@@ -24,6 +24,10 @@ SUITES: Suites = {
         lambda a: suites.batches(4096, 4096, a.group_size, a.rounds, tuple(a.batches)),
     ),
     "cold": ("Out of cache", lambda a: suites.cold(4096, 4096, a.group_size, a.rounds)),
+    "layouts": (
+        "Row-major and prepacked weights",
+        lambda a: suites.layouts(4096, 4096, a.group_size, a.rounds),
+    ),
     "shapes": ("Projections of models", lambda a: suites.model_shapes(a.group_size, a.rounds)),
     "variants": ("Odd shapes, groups, transpose", lambda a: suites.variants(a.rounds)),
     "threads": ("Threads", lambda a: suites.threads(a.rounds)),

@@ -95,7 +95,8 @@ def measure_model(prompt: int = 512, tokens: int = 16) -> list[dict[str, object]
     for name, linear in kinds:
         with torch.inference_mode():
             model = Decoder(Shape(), linear)
-            added = prepack_(model).bytes_added if "prepacked" in name else 0
+            if "prepacked" in name:
+                prepack_(model)
             x = torch.randn(prompt, Shape.hidden).bfloat16()
             model(x[:8], 0)
             prefill = _seconds(lambda model=model, x=x: model(x, 0))
@@ -105,7 +106,7 @@ def measure_model(prompt: int = 512, tokens: int = 16) -> list[dict[str, object]
                 for i in range(tokens)
             ]
         decode = sorted(steps)[tokens // 2]
-        nbytes = added + sum(t.nbytes for t in model.state_dict().values())
+        nbytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
         rows.append(
             {
                 "name": name,

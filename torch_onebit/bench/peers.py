@@ -12,8 +12,6 @@ from torch_onebit import ops
 
 # Calls that would take longer than this are left out (MLX and the scalar table at large m).
 MAX_SECONDS = 1.0
-# Rows of x that are multiplied with prepacked weights; more use the weights themselves.
-PREPACKED_ROWS = 4
 
 
 @dataclass
@@ -63,8 +61,10 @@ def ours(x: Tensor, w: Weights, isa: str | None = None) -> Callable[[], Tensor]:
 
 def prepacked(x: Tensor, w: Weights) -> Callable[[], Tensor]:
     """Our product with prepacked weights."""
-    copy = ops.prepack(*w.tensors())
-    return lambda: ops.linear(x, *w.tensors()[:3], None, w.group_size, prepacked=copy)
+    packed, scales, biases, group_size = w.tensors()
+    copy = ops.prepack(packed, scales, biases, group_size)
+    form = (len(packed), packed.shape[1] * 32, group_size, scales.dtype, biases is None)
+    return lambda: ops.qmm_prepacked(x, copy, *form)
 
 
 def peers(x: Tensor, w: Weights) -> dict[str, Callable[[], Tensor]]:
@@ -73,7 +73,7 @@ def peers(x: Tensor, w: Weights) -> dict[str, Callable[[], Tensor]]:
     macs = m * k * w.packed.shape[0]
     bf16 = x.bfloat16()
     calls = {"onebit f32": ours(x, w), "onebit bf16": ours(bf16, w)}
-    if torch.ops.onebit.can_prepack() and m <= PREPACKED_ROWS:
+    if torch.ops.onebit.can_prepack():
         calls["onebit f32 prepacked"] = prepacked(x, w)
         calls["onebit bf16 prepacked"] = prepacked(bf16, w)
     for isa in torch.ops.onebit.cpu_isas():

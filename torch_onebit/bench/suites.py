@@ -97,6 +97,23 @@ def cold(n: int, k: int, group_size: int, rounds: int) -> list[Row]:
     ]
 
 
+def layouts(n: int, k: int, group_size: int, rounds: int) -> list[Row]:
+    """Row-major weights against prepacked ones, from one row of x to many."""
+    rows, w = [], Weights.random(n, k, group_size)
+    for m in (1, 4, 8, 33, 128, 512):
+        x = torch.randn(m, k)
+        both = {"f32": x, "bf16": x.bfloat16()}
+        calls = {f"onebit {name}": ours(x, w) for name, x in both.items()}
+        if torch.ops.onebit.can_prepack():
+            calls |= {f"onebit {name} prepacked": prepacked(x, w) for name, x in both.items()}
+        times = interleave(calls, rounds)
+        for name, timing in times.items():
+            before = times[name.removesuffix(" prepacked")].median
+            rate = before / timing.median
+            rows.append(_row(f"{n}x{k} m={m}", name, m * n * k, "MAC", timing, of_row_major=rate))
+    return rows
+
+
 def model_shapes(group_size: int, rounds: int) -> list[Row]:
     """The projections of real models, one row and 128."""
     rows = []

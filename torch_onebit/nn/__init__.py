@@ -3,6 +3,7 @@
 from torch_onebit.nn.embedding import OneBitEmbedding
 from torch_onebit.nn.experts import OneBitExperts
 from torch_onebit.nn.linear import OneBitLinear
+from torch_onebit.nn.prepacked import PrepackedLinear, unprepack_
 from torch_onebit.nn.stack import OneBitStack
 from torch_onebit.nn.ties import tie
 from torch_onebit.nn.weight import OneBitModule
@@ -13,5 +14,7 @@ __all__ = [
     "OneBitLinear",
     "OneBitModule",
     "OneBitStack",
+    "PrepackedLinear",
     "tie",
+    "unprepack_",
 ]

@@ -102,8 +102,7 @@ class OneBitEmbedding(OneBitModule):
         """``x @ w.T``, the head of a model that ties it to its embedding: ``[..., rows]``."""
         if self._lacking:
             x = pad_rows(x, self._lacking)
-        prepacked = self._prepacked_now()
-        return linear_op(x, self.weight, self.scales, self.biases, None, prepacked, self.group_size)
+        return linear_op(x, self.weight, self.scales, self.biases, None, self.group_size)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OneBitEmbedding":
         super()._apply(fn, recurse)

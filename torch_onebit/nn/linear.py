@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from torch_onebit import ops
 from torch_onebit.checks import check_kind, check_packed
 from torch_onebit.float_layers import is_conv1d, matrix
 from torch_onebit.methods import quantize_weight
@@ -69,14 +70,58 @@ class OneBitLinear(OneBitModule):
     def forward(self, x: Tensor) -> Tensor:
         if self._lacking:
             x = pad_rows(x, self._lacking)
-        prepacked = self._prepacked_now()
         own = self._parameters
         try:  # a third of the time of nn.Module's attributes, 1.3 us a call
             weight, bias = self._buffers["weight"], own["bias"]
             scales, biases = own["scales"], own["biases"]
         except KeyError:  # parametrized
             weight, bias, scales, biases = self.weight, self.bias, self.scales, self.biases
-        return linear_op(x, weight, scales, biases, bias, prepacked, self.group_size)
+        return linear_op(x, weight, scales, biases, bias, self.group_size)
+
+    def prepack(self) -> int:
+        """Hold the weights in the order in which kernels of the CPU read them, and in no other.
+
+        For inference. The layer becomes a ``PrepackedLinear`` in place, with one buffer for weight,
+        scales and biases, and an ``OneBitLinear`` again before anything can change those.
+
+        Returns:
+            its bytes: those of the weights with ``out_features`` rounded up to 64, and a header.
+        Raises:
+            NotImplementedError: not on the CPU, or kernels that do not read it (all but avx512).
+            ValueError: levels that are float64 or require grad, or weights tied to another layer's.
+            TypeError: a subclass, or a layer with parametrizations or another forward.
+        """
+        from torch_onebit.nn.prepacked import PrepackedLinear
+
+        self.check_prepackable()
+        with torch.inference_mode(False), torch.no_grad():
+            prepacked = ops.prepack(self.weight, self.scales, self.biases, self.group_size)
+        levels = self.scales.dtype, self.biases is None
+        self.__class__ = PrepackedLinear
+        self._take_over(prepacked, *levels)
+        return prepacked.numel()
+
+    def check_prepackable(self) -> None:
+        """Raise what ``prepack`` would raise."""
+        if type(self) is not OneBitLinear:
+            raise TypeError(f"the layer must be an OneBitLinear itself, got {type(self).__name__}")
+        if "forward" in vars(self):  # it would go on reading the weights
+            raise TypeError(
+                "forward must be the layer's own to be prepacked, got another in its place"
+            )
+        if self._tie is not None:
+            raise ValueError("weight must be of this layer alone to be prepacked, got a tied one")
+        if any(t is not None and t.requires_grad for t in (self.scales, self.biases)):
+            raise ValueError("scales and biases must not require grad to be prepacked, got some do")
+        dtype, device = self.scales.dtype, self.weight.device.type
+        if dtype == torch.float64:
+            raise ValueError(f"scales must have at most 32 bits to be prepacked, got {dtype}")
+        if device != "cpu":
+            raise NotImplementedError(f"weight must be on the CPU to be prepacked, got {device}")
+        if not ops.can_prepack():
+            raise NotImplementedError(
+                f"prepacked weights must have kernels (avx512), got {ops.cpu_isa()} ones"
+            )
 
     @classmethod
     def from_linear(

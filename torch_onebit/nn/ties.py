@@ -49,6 +49,5 @@ def tie(first: "OneBitModule", second: "OneBitModule") -> None:
             f"second must have symmetric={first.symmetric}, got symmetric={second.symmetric}"
         )
     first._tie = second._tie = first._tie or Tie()
-    second._prepacked = None
     for name in TENSORS:
         setattr(second, name, getattr(first, name))

@@ -60,8 +60,6 @@ class OneBitModule(NotScriptable, nn.Module):
         self.group_size = group_size
         self.symmetric = symmetric
         self._tie: Tie | None = None
-        self._prepacked: Tensor | None = None
-        self._prepacked_versions: tuple[int, ...] = ()
         words = torch.empty(rows, stored // WORD_BITS, dtype=torch.int32, device=device)
         self.register_buffer("weight", words)
 
@@ -84,59 +82,29 @@ class OneBitModule(NotScriptable, nn.Module):
             if self.biases is not None:
                 self.biases.fill_(-std)
 
-    def prepack(self) -> int:
-        """Make the interleaved copy of the weights that one to four rows of x are multiplied with.
-
-        For inference on the CPU. The state_dict does not hold it; moving, converting, copying or
-        loading the layer drops it. Using it after a change of the weights in place is an error.
-
-        Returns:
-            its bytes.
-        Raises:
-            NotImplementedError: not on the CPU, or kernels that have no such form.
-            ValueError: float64 levels.
-        """
-        levels = (self.scales.detach(), None if self.biases is None else self.biases.detach())
-        self._prepacked = ops.prepack(self.weight, *levels, self.group_size)
-        self._prepacked_versions = self._versions()
-        return self._prepacked.numel()
-
-    def _versions(self) -> tuple[int, ...]:
-        """How often each tensor was changed in place; tensors of inference mode do not count."""
-        tensors = (self.weight, self.scales, self.biases)
-        return tuple(t._version for t in tensors if t is not None and not t.is_inference())
-
-    def _prepacked_now(self) -> Tensor | None:
-        """The copy for a forward pass, if there is one. The operator compares a sample of it with
-        the weights, for compiled graphs; a change of any element shows here."""
-        if self._prepacked is None or torch.compiler.is_exporting():
-            return None  # an exported program has its own copy of the weights
-        if not torch.compiler.is_compiling() and self._versions() != self._prepacked_versions:
-            raise ValueError(
-                "prepacked weights must be made from the weights as they are now (prepack again), "
-                "got weights changed in place since"
-            )
-        return self._prepacked
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         watch_averages()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepacked": None}
-
     def _take(self, weight: Tensor, scales: Tensor, biases: Tensor | None) -> None:
         """Hold these tensors; legal by ``check_packed``, in the form the layer was made for."""
-        self._prepacked = None
         self.weight = weight.view(torch.int32)
         self.scales = nn.Parameter(scales.detach(), requires_grad=False)
         self.biases = None if biases is None else nn.Parameter(biases.detach(), requires_grad=False)
 
     def drop_biases_(self) -> None:
         """Take on the symmetric form: biases become ``-scales / 2``, whatever they were."""
-        self._prepacked = None
         self.biases = None
         self.symmetric = True
+
+    def canonical(self) -> "OneBitModule":
+        """The layer, whose weight, scales and biases can be read and stay as they are."""
+        return self
+
+    @property
+    def level_options(self) -> dict[str, Any]:
+        """``device`` and ``dtype`` of scales and biases."""
+        return {"device": self.scales.device, "dtype": self.scales.dtype}
 
     def dequantize(self) -> Tensor:
         """The weights ``[rows, columns]`` in the dtype of scales."""
@@ -152,7 +120,6 @@ class OneBitModule(NotScriptable, nn.Module):
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OneBitModule":
-        self._prepacked = None
         if self._tie is None:
             return super()._apply(fn, recurse)
         before = {name: getattr(self, name) for name in TENSORS}
@@ -164,7 +131,6 @@ class OneBitModule(NotScriptable, nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._prepacked = None
         # MLX stores the words as uint32: the same bits, viewed. The caller's dict stays as it was.
         key = prefix + "weight"
         stored = state_dict.get(key)

@@ -21,11 +21,25 @@ from torch_onebit.ops.levels import (
     quantize_affine,
     quantize_levels,
 )
-from torch_onebit.ops.product import affine_grad, gather_qmm, linear, linear_op, prepack, qmm
+from torch_onebit.ops.product import (
+    affine_grad,
+    can_prepack,
+    cpu_isa,
+    gather_qmm,
+    linear,
+    linear_op,
+    linear_prepacked_op,
+    prepack,
+    qmm,
+    qmm_prepacked,
+    unprepack,
+)
 
 __all__ = [
     "RULES",
     "affine_grad",
+    "can_prepack",
+    "cpu_isa",
     "dequantize",
     "embedding",
     "fake_quantize",
@@ -35,11 +49,14 @@ __all__ = [
     "gather_qmm",
     "linear",
     "linear_op",
+    "linear_prepacked_op",
     "prepack",
     "qmm",
+    "qmm_prepacked",
     "quantize",
     "quantize_affine",
     "quantize_levels",
+    "unprepack",
 ]
 
 

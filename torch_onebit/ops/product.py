@@ -7,8 +7,11 @@ from torch import Tensor
 
 from torch_onebit.ops.batching import Dims, front, pad, stack_all
 
-# linear without the call of a Python function, for modules.
+# Without the call of a Python function, for modules.
 linear_op = torch.ops.onebit.linear
+linear_prepacked_op = torch.ops.onebit.linear_prepacked
+# Whether the kernels chosen now, of which the other is the name, read prepacked weights.
+can_prepack, cpu_isa = torch.ops.onebit.can_prepack, torch.ops.onebit.cpu_isa
 
 
 def qmm(
@@ -46,41 +49,83 @@ def linear(
     biases: Tensor | None = None,
     bias: Tensor | None = None,
     group_size: int = 128,
-    *,
-    prepacked: Tensor | None = None,
 ) -> Tensor:
     """``y = x @ w.T + bias``: what ``OneBitLinear`` computes.
 
     Args:
         x, packed, scales, biases, group_size: as in ``qmm``.
         bias: ``[n]``, any floating dtype; it is added in the dtype of x.
-        prepacked: what ``prepack`` made of these weights. On the CPU, up to four rows of x are
-            multiplied with it; with more rows, on other devices, and where something requires grad,
-            the weights themselves are used.
     Returns:
         ``[..., n]`` in the dtype of x.
     Raises:
-        ValueError: an argument that the format does not allow, or prepacked from other weights (a
-            sample is compared); the message names it and its value.
+        ValueError: an argument that the format does not allow; the message names it and its value.
     """
-    return linear_op(x, packed, scales, biases, bias, prepacked, group_size)
+    return linear_op(x, packed, scales, biases, bias, group_size)
 
 
 def prepack(
     packed: Tensor, scales: Tensor, biases: Tensor | None = None, group_size: int = 128
 ) -> Tensor:
-    """The interleaved copy of a matrix of weights that ``linear`` can use on the CPU.
+    """A matrix of weights in the order in which kernels of the CPU read them.
 
     Args:
         packed: ``[n, k // 32]``, int32 or uint32.
         scales, biases: ``[n, k // group_size]``, float32, float16 or bfloat16.
     Returns:
-        uint8 vector; its layout may change from version to version: never store it.
+        uint8 vector: a header of 64 bytes, and the bytes of the weights with n rounded up to 64.
+        Other versions of this library may have another layout; they refuse this one.
     Raises:
         ValueError: an argument that the format does not allow; the message names it and its value.
-        NotImplementedError: not on the CPU, or kernels without such a form (all but avx512).
+        NotImplementedError: not on the CPU.
     """
     return torch.ops.onebit.prepack(packed, scales, biases, group_size)
+
+
+def unprepack(
+    prepacked: Tensor,
+    rows: int,
+    columns: int,
+    group_size: int = 128,
+    dtype: torch.dtype = torch.float32,
+    symmetric: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The packed, scales and biases that ``prepack`` was given, copied.
+
+    Args:
+        prepacked: what ``prepack`` made of packed ``[rows, columns // 32]``.
+        dtype: of scales and biases.
+        symmetric: whether there were no biases.
+    Raises:
+        ValueError: bytes of something else; the message says of what they should be.
+    """
+    packed, scales, biases = torch.ops.onebit.unprepack(
+        prepacked, rows, columns, group_size, dtype, symmetric
+    )
+    return packed, scales, None if symmetric else biases
+
+
+def qmm_prepacked(
+    x: Tensor,
+    prepacked: Tensor,
+    rows: int,
+    columns: int,
+    group_size: int = 128,
+    dtype: torch.dtype = torch.float32,
+    symmetric: bool = False,
+) -> Tensor:
+    """``qmm`` with prepacked weights; differentiable in x.
+
+    Args:
+        x: ``[..., columns]``, any floating dtype.
+        prepacked, rows, columns, group_size, dtype, symmetric: as in ``unprepack``. Where the
+            kernels of this machine cannot read prepacked weights, and for float64 x, they are
+            unpacked for the call.
+    Returns:
+        ``[..., rows]`` in the dtype of x.
+    Raises:
+        ValueError: an argument that is not legal; the message names it and its value.
+    """
+    return torch.ops.onebit.qmm_prepacked(x, prepacked, rows, columns, group_size, dtype, symmetric)
 
 
 def gather_qmm(
@@ -275,22 +320,26 @@ def _affine_grad(
 
 
 def _qmm_prepacked(
-    info: Any,
-    in_dims: Dims,
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    biases: Tensor | None,
-    prepacked: Tensor,
-    group_size: int,
+    info: Any, in_dims: Dims, x: Tensor, prepacked: Tensor, *form: Any
 ) -> tuple[Tensor, int]:
-    return _qmm(info, in_dims, x, packed, scales, biases, group_size)
+    if in_dims[1] is None:  # x alone: its rows fold
+        return qmm_prepacked(front(x, in_dims[0]), prepacked, *form), 0
+    pairs = zip(*stack_all(info.batch_size, [x, prepacked], list(in_dims[:2])), strict=True)
+    return torch.stack([qmm_prepacked(a, b.contiguous(), *form) for a, b in pairs]), 0
 
 
-# Every operator stays one call, whatever of it is batched.
+def _unprepack(
+    info: Any, in_dims: Dims, prepacked: Tensor, *form: Any
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    each = [torch.ops.onebit.unprepack(t.contiguous(), *form) for t in front(prepacked, in_dims[0])]
+    return tuple(map(torch.stack, zip(*each, strict=True))), (0, 0, 0)
+
+
+# An operator stays one call, whatever of it is batched; but there is no stack of prepacked weights.
 VMAP_RULES = {
     "qmm": _qmm,
     "qmm_prepacked": _qmm_prepacked,
+    "unprepack": _unprepack,
     "gather_qmm": _gather_qmm,
     "affine_grad": _affine_grad,
 }

@@ -193,7 +193,7 @@ def latent_weight(source: nn.Module) -> nn.Parameter:
     """The float weights of a layer; those of a packed layer are its dequantized ones."""
     if not isinstance(source, OneBitModule):
         return source.weight
-    dtype = getattr(source, "output_dtype", None) or source.scales.dtype
+    dtype = getattr(source, "output_dtype", None) or source.level_options["dtype"]
     return nn.Parameter(source.dequantize().detach().to(dtype))
 
 
@@ -203,10 +203,11 @@ def first_levels(
     """(scales, biases) that learnable levels of w ``[rows, whole groups]`` start from."""
     packed = isinstance(source, OneBitModule) and source.group_size == group_size
     if packed and (source.symmetric or not symmetric):
-        scales = source.scales.detach().clone()
+        levels = source.canonical()
+        scales = levels.scales.detach().clone()
         if symmetric:
             return scales, None
-        return scales, scales * -0.5 if source.biases is None else source.biases.detach().clone()
+        return scales, scales * -0.5 if levels.biases is None else levels.biases.detach().clone()
     _, scales, biases = quantize_levels(w, "sign" if symmetric else "mean", group_size)
     return scales, None if symmetric else biases
 

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from torch_onebit.checks import check_level_dtype
 from torch_onebit.float_layers import is_conv1d, is_linear, obstacle
-from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, tie
+from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, PrepackedLinear, tie
 from torch_onebit.ops import quantize_levels
 from torch_onebit.padding import fill
 from torch_onebit.qat.layers import (
@@ -22,7 +22,7 @@ from torch_onebit.qat.layers import (
 )
 from torch_onebit.surgery import FilterFn, swap_
 
-_KINDS = (nn.Linear, nn.Embedding, OneBitLinear, OneBitEmbedding)
+_KINDS = (nn.Linear, nn.Embedding, OneBitLinear, PrepackedLinear, OneBitEmbedding)
 
 
 def prepare_qat_(

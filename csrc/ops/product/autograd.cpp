@@ -9,6 +9,7 @@
 
 #include <tuple>
 
+#include "prepacked.h"
 #include "rules.h"
 
 namespace onebit {
@@ -122,14 +123,10 @@ const Backward kAffineGrad = {
 Tensor product_autograd(c10::DispatchKeySet keys, const Operands& o) {
   const bool records = autograd::compute_requires_grad(o.x, o.scales, or_undefined(o.biases));
   const bool of_levels = has_tangent(o.scales) || has_tangent(o.biases);
-  const bool differentiates = records || of_levels || has_tangent(o.x);
-  if (differentiates && o.form == Form::kPrepacked) {  // which serves inference
-    return product({Form::kQmm, o.x, o.packed, o.scales, o.biases, o.group_size});
-  }
   auto y = with_operator(o, [&](const auto& op, const auto&... arguments) {
     return below_autograd(op, keys, arguments...);
   });
-  if (!differentiates) return y;
+  if (!records && !of_levels && !has_tangent(o.x)) return y;
 
   const Matrix w{o.packed, o.lhs_indices, o.rhs_indices, o.group_size, o.transpose};
   if (records) {
@@ -146,6 +143,32 @@ Tensor product_autograd(c10::DispatchKeySet keys, const Operands& o) {
     sum = plus(sum, w.times(primal(o.x), levels.scales, levels.biases));
   }
   if (sum.defined()) set_tangent(y, sum);
+  return y;
+}
+
+// Prepacked weights are bytes: only x has a gradient, through the weights unpacked. Inputs: x.
+const Backward kPrepacked = {
+    "OneBitQmmPrepackedBackward",
+    [](const variable_list& grads, const Saved& saved, const Needed&) {
+      const auto& n = saved.numbers;
+      const Prepacked w{saved.tensors[0],       n[0], n[1], n[2], at::ScalarType(n[3]),
+                        /*symmetric=*/n[4] != 0};
+      const auto [packed, scales, all_biases] = unprepack(w);
+      const auto biases = w.symmetric ? std::nullopt : OptionalTensor(all_biases);
+      return variable_list{
+          product({Form::kQmm, grads[0], packed, scales, biases, w.group_size, false})};
+    }};
+
+Tensor prepacked_autograd(c10::DispatchKeySet keys, const Tensor& x, const Prepacked& w) {
+  auto y = with_qmm_prepacked(x, w, [&](const auto& op, const auto&... arguments) {
+    return below_autograd(op, keys, arguments...);
+  });
+  if (autograd::compute_requires_grad(x)) {
+    const Saved saved{
+        {w.bytes}, {}, {w.rows, w.columns, w.group_size, int64_t(w.dtype), w.symmetric}, {}};
+    record(kPrepacked, saved, {&y}, x);
+  }
+  if (has_tangent(x)) set_tangent(y, qmm_prepacked(tangent(x), w));
   return y;
 }
 
@@ -183,7 +206,8 @@ std::tuple<Tensor, Tensor> affine_grad_autograd(c10::DispatchKeySet keys,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, Autograd, m) {
-  ProductForms<product_autograd, c10::DispatchKeySet>::define(m, /*prepacked=*/true);
+  ProductForms<product_autograd, c10::DispatchKeySet>::define(m);
+  m.impl("qmm_prepacked", &QmmPrepacked<prepacked_autograd, c10::DispatchKeySet>::op);
   m.impl("affine_grad", &affine_grad_autograd);
 }
 

@@ -9,6 +9,7 @@
 
 #include <tuple>
 
+#include "prepacked.h"
 #include "rules.h"
 
 namespace onebit {
@@ -24,9 +25,6 @@ Tensor pick_matrices(const Tensor& t, const OptionalTensor& indices) {
 
 Tensor product_composite(const Operands& o) {
   const auto shape = check_product<int64_t>(o);
-  if (o.form == Form::kPrepacked) {  // nothing is prepacked here: the weights themselves serve
-    return product({Form::kQmm, o.x, o.packed, o.scales, o.biases, o.group_size});
-  }
   if (o.form == Form::kGather) {
     ONEBIT_WARN_SLOW("gather_qmm", o.x);
   } else {
@@ -78,10 +76,40 @@ std::tuple<Tensor, Tensor> affine_grad_composite(const Tensor& grad,
   return {sum_groups(all * bits), sum_groups(all)};
 }
 
+// Prepacked weights are of the device that made them: there is no plain form of them.
+void refuse_device(const char* name, const Tensor& t) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, name, " must be on a device that prepacks weights (the cpu), ",
+                              "got ", t.device().type());
+}
+
+Tensor prepack_elsewhere(const Tensor& packed,
+                         const Tensor& scales,
+                         const OptionalTensor& biases,
+                         int64_t group_size) {
+  check_prepack<int64_t>(packed, scales, biases, group_size);
+  refuse_device("packed", packed);
+  return {};
+}
+
+Canonical unprepack_elsewhere(const Prepacked& w) {
+  check_prepacked(w);
+  refuse_device("prepacked", w.bytes);
+  return {};
+}
+
+Tensor qmm_prepacked_elsewhere(const Tensor& x, const Prepacked& w) {
+  check_qmm_prepacked<int64_t>(x, w);
+  refuse_device("prepacked", w.bytes);
+  return {};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, CompositeExplicitAutograd, m) {
-  ProductForms<product_composite>::define(m, /*prepacked=*/true);
+  ProductForms<product_composite>::define(m);
+  m.impl("prepack", &prepack_elsewhere);
+  m.impl("unprepack", &Unprepack<unprepack_elsewhere>::op);
+  m.impl("qmm_prepacked", &QmmPrepacked<qmm_prepacked_elsewhere>::op);
   m.impl("affine_grad", &affine_grad_composite);
 }
 

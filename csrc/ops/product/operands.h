@@ -1,5 +1,5 @@
-// What a product reads. qmm, gather_qmm and qmm_prepacked are forms of one product: each layer,
-// from autocast to the kernels, is one function of Operands.
+// What a product reads. qmm and gather_qmm are forms of one product: each layer, from autocast to
+// the kernels, is one function of Operands. The product with prepacked weights has prepacked.h.
 #pragma once
 
 #include <torch/library.h>
@@ -9,7 +9,7 @@
 
 namespace onebit {
 
-enum class Form { kQmm, kGather, kPrepacked };
+enum class Form { kQmm, kGather };
 
 inline const OptionalTensor kAbsent;
 
@@ -24,11 +24,10 @@ struct Operands {
   const OptionalTensor& lhs_indices = kAbsent;  // kGather
   const OptionalTensor& rhs_indices = kAbsent;
   bool sorted_indices = false;
-  const Tensor* prepacked = nullptr;  // kPrepacked
 
   Operands with_x(const Tensor& other) const {
-    return {form,      other,       packed,      scales,         biases,   group_size,
-            transpose, lhs_indices, rhs_indices, sorted_indices, prepacked};
+    return {form,       other,     packed,      scales,      biases,
+            group_size, transpose, lhs_indices, rhs_indices, sorted_indices};
   }
 };
 
@@ -60,22 +59,9 @@ struct ProductForms {
                                lhs_indices, rhs_indices, sorted_indices});
   }
 
-  static Tensor qmm_prepacked(Keys... keys,
-                              const Tensor& x,
-                              const Tensor& packed,
-                              const Tensor& scales,
-                              const OptionalTensor& biases,
-                              const Tensor& prepacked,
-                              int64_t group_size) {
-    return f(keys..., Operands{Form::kPrepacked, x, packed, scales, biases, group_size, true,
-                               kAbsent, kAbsent, false, &prepacked});
-  }
-
-  // A device that has nothing prepacked leaves that form to the composite.
-  static void define(torch::Library& m, bool prepacked) {
+  static void define(torch::Library& m) {
     m.impl("qmm", &qmm);
     m.impl("gather_qmm", &gather_qmm);
-    if (prepacked) m.impl("qmm_prepacked", &qmm_prepacked);
   }
 };
 
@@ -90,10 +76,6 @@ Tensor with_operator(const Operands& o, const Run& run) {
       static const auto op = find_op<decltype(Signatures::gather_qmm)>("onebit::gather_qmm");
       return run(op, o.x, o.packed, o.scales, o.biases, o.lhs_indices, o.rhs_indices, o.group_size,
                  o.transpose, o.sorted_indices);
-    }
-    case Form::kPrepacked: {
-      static const auto op = find_op<decltype(Signatures::qmm_prepacked)>("onebit::qmm_prepacked");
-      return run(op, o.x, o.packed, o.scales, o.biases, *o.prepacked, o.group_size);
     }
     case Form::kQmm:
       break;

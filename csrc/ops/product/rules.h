@@ -1,4 +1,4 @@
-// What products, their gradient and prepack accept.
+// What products and their gradient accept.
 #pragma once
 
 #include "../rules.h"
@@ -114,40 +114,11 @@ QmmShape<Int> check_gather_qmm(const Tensor& x,
   return shape;
 }
 
-// prepack
-// -------------------------------------------------------------------------------------------
-
-template <class Int>
-void check_prepack(const Tensor& packed,
-                   const Tensor& scales,
-                   const OptionalTensor& biases,
-                   int64_t group_size) {
-  check_packed<Int>(packed, group_size, 2);
-  TORCH_CHECK_VALUE(packed.dim() == 2, "packed must have 2 dimensions, got ", packed.dim());
-  check_levels<Int>(scales, biases, packed, group_size);
-  TORCH_CHECK_VALUE(scales.scalar_type() != at::kDouble,
-                    "scales must be float32, float16 or bfloat16 to be prepacked, got ",
-                    scales.scalar_type());
-}
-
-inline void check_prepacked(const Tensor& prepacked, const Tensor& packed) {
-  check_dense("prepacked", prepacked);
-  TORCH_CHECK_VALUE(
-      prepacked.scalar_type() == at::kByte && prepacked.dim() == 1 && prepacked.is_contiguous(),
-      "prepacked must be a contiguous uint8 vector that prepack made, got ", prepacked.dim(),
-      " dimension(s) of ", prepacked.scalar_type());
-  check_same_device("prepacked", prepacked, packed);
-}
-
 template <class Int>
 QmmShape<Int> check_product(const Operands& o) {
   if (o.form == Form::kGather) {
     return check_gather_qmm<Int>(o.x, o.packed, o.scales, o.biases, o.lhs_indices, o.rhs_indices,
                                  o.group_size, o.transpose);
-  }
-  if (o.form == Form::kPrepacked) {
-    check_prepack<Int>(o.packed, o.scales, o.biases, o.group_size);
-    check_prepacked(*o.prepacked, o.packed);
   }
   return check_qmm<Int>(o.x, o.packed, o.scales, o.biases, o.group_size, o.transpose);
 }
