@@ -249,7 +249,7 @@ def test_every_public_name_is_what_it_is_called():
 
 SURGERY = ["add_lora_", "calibrate_", "convert_", "dequantize_", "prepack_", "prepare_qat_"]
 SURGERY += ["quantize_", "symmetrize_"]
-CHANGES = ["thaw_levels_", "thaw_lora_"]  # of layers that stay
+CHANGES = ["thaw_levels_", "thaw_lora_", "unprepack_"]  # of layers that stay
 
 
 @pytest.mark.parametrize("name", SURGERY + CHANGES)

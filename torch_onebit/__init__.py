@@ -21,7 +21,6 @@ from torch_onebit.nn import (
     OneBitStack,
     PrepackedLinear,
     tie,
-    unprepack_,
 )
 from torch_onebit.onnx_export import onnx_translations
 from torch_onebit.ops import (
@@ -45,7 +44,7 @@ from torch_onebit.parameters import (
     thaw_levels_,
     thaw_lora_,
 )
-from torch_onebit.prepacking import prepack_
+from torch_onebit.prepacking import prepack_, unprepack_
 from torch_onebit.qat import QATEmbedding, QATLinear, convert_, prepare_qat_
 from torch_onebit.quantizing import dequantize_, quantize_
 from torch_onebit.reports import CalibrationReport, LayerRow, LeftRow, Report, report

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.optim import swa_utils
 
-from torch_onebit.nn import unprepack_
+from torch_onebit.nn.prepacked import unprepack_all
 
 
 class AveragedModel(swa_utils.AveragedModel):
@@ -19,8 +19,7 @@ class AveragedModel(swa_utils.AveragedModel):
 
     def update_parameters(self, model: nn.Module) -> None:
         """Average the parameters (and floating buffers) of model into this one."""
-        for each in (self, model):  # parameters are gone through side by side
-            unprepack_(each)
+        unprepack_all(self, model)  # parameters are gone through side by side
         super().update_parameters(model)
         with torch.no_grad():
             for averaged, source in zip(self.module.buffers(), model.buffers(), strict=True):

@@ -27,8 +27,8 @@ from torch_onebit.nn import (
     OneBitModule,
     OneBitStack,
     tie,
-    unprepack_,
 )
+from torch_onebit.nn.prepacked import unprepack_all
 from torch_onebit.saving import stored_path
 from torch_onebit.skeleton import skeleton
 from torch_onebit.symmetric import symmetrize_
@@ -140,7 +140,7 @@ def fill_(
 ) -> None:
     """Load an open checkpoint into a model, in place."""
     check_model(model)
-    unprepack_(model)
+    unprepack_all(model)
     plan = _plan(model, source, other_bits, strict)
     work = [*plan.tensors.items(), *plan.layers.items()]  # biases before their layers are swapped
     bar = tqdm(work, desc="load", unit="tensor", delay=1, disable=None if progress else True)

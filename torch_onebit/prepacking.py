@@ -1,4 +1,4 @@
-"""prepack_: a model's weights in the order in which kernels of the CPU read them."""
+"""prepack_: a model's weights in the order in which kernels of the CPU read them; and back."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from torch import nn
 
 from torch_onebit.checks import check_model
 from torch_onebit.nn import OneBitLinear, OneBitModule, PrepackedLinear
-from torch_onebit.surgery import FilterFn, swap_
+from torch_onebit.surgery import FilterFn, chosen_layers, swap_
 
 
 def prepack_(
@@ -66,3 +66,24 @@ def prepack_(
 
 def _is_canonical(module: nn.Module) -> bool:
     return isinstance(module, OneBitModule) and not isinstance(module, PrepackedLinear)
+
+
+def unprepack_(
+    model: nn.Module, *, filter_fn: FilterFn | None = None, skip: Iterable[str] = ()
+) -> nn.Module:
+    """Have prepacked layers hold weight, scales and biases again, in place.
+
+    Args:
+        model: a model with prepacked layers, or one of them.
+        filter_fn: ``filter_fn(module, name)`` is false to leave the layer as it is.
+        skip: patterns of names to leave, as in ``quantize_``.
+    Returns:
+        model.
+    Raises:
+        TypeError: an argument of the wrong kind.
+    Warns:
+        UserWarning: a pattern of skip that no layer matches.
+    """
+    for layer in chosen_layers(model, PrepackedLinear, filter_fn, skip):
+        layer.unprepack()
+    return model

@@ -3,7 +3,7 @@
 from torch_onebit.nn.embedding import OneBitEmbedding
 from torch_onebit.nn.experts import OneBitExperts
 from torch_onebit.nn.linear import OneBitLinear
-from torch_onebit.nn.prepacked import PrepackedLinear, unprepack_
+from torch_onebit.nn.prepacked import PrepackedLinear
 from torch_onebit.nn.stack import OneBitStack
 from torch_onebit.nn.ties import tie
 from torch_onebit.nn.weight import OneBitModule
@@ -16,5 +16,4 @@ __all__ = [
     "OneBitStack",
     "PrepackedLinear",
     "tie",
-    "unprepack_",
 ]

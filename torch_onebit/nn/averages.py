@@ -27,10 +27,9 @@ class CheckedUpdate:
                 "use_buffers must be False for packed layers, whose words would be averaged as "
                 "numbers, got True: use torch_onebit.AveragedModel"
             )
-        from torch_onebit.nn.prepacked import unprepack_
+        from torch_onebit.nn.prepacked import unprepack_all
 
-        for each in (self.owner, model):  # parameters are gone through side by side
-            unprepack_(each)
+        unprepack_all(self.owner, model)  # parameters are gone through side by side
         type(self.owner).update_parameters(self.owner, model)
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from torch_onebit import ops
-from torch_onebit.checks import check_model
 from torch_onebit.nn.linear import OneBitLinear
 from torch_onebit.nn.ties import TENSORS
 from torch_onebit.padding import pad_rows
@@ -149,13 +148,9 @@ def _itself(layer: OneBitLinear) -> OneBitLinear:
     return layer
 
 
-def unprepack_(model: nn.Module) -> nn.Module:
-    """Have every ``PrepackedLinear`` of a model hold weight, scales and biases again, in place.
-
-    Returns model, which may be a layer.
-    """
-    check_model(model)
-    for module in model.modules():
-        if isinstance(module, PrepackedLinear):
-            module.unprepack()
-    return model
+def unprepack_all(*models: nn.Module) -> None:
+    """Have every ``PrepackedLinear`` hold weight, scales and biases again, in place."""
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, PrepackedLinear):
+                module.unprepack()
