@@ -62,6 +62,14 @@ def valid_levels(op: str) -> dict:
             "end": 128,
             "group_size": 64,
         },
+        "descend_": {
+            "bits": w > 0,
+            "error": grad,
+            "scales": scales,
+            "moments": torch.eye(128),
+            "group_size": 64,
+            "sweeps": 2,
+        },
     }[op]
 
 
@@ -72,6 +80,7 @@ LEVEL_OPS = (
     "fake_quantize_affine",
     "fake_quantize_affine_backward",
     "flip_bits_",
+    "descend_",
 )
 WEIGHT_OPS = ("dequantize", "embedding", "qmm", "gather_qmm")
 PRODUCTS = ("qmm", "gather_qmm", "affine_grad")

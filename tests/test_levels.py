@@ -231,17 +231,53 @@ def test_flip_bits_flips_what_lowers_the_loss_and_says_by_how_much():
         assert loss() < before
 
 
+# rows, columns, group size, dtype
+DESCENTS = [
+    (70, 96, 32, torch.float32),  # rows beyond a tile, columns beyond whole chunks of vectors
+    (3, 384, 128, torch.float32),  # more blocks than one in a group
+    (5, 160, 32, torch.float64),
+    (0, 64, 64, torch.float32),
+]
+
+
+@pytest.mark.parametrize("rows, k, group_size, dtype", DESCENTS)
+def test_descend_is_flip_bits_again_and_again(rows, k, group_size, dtype, device, isa):
+    x = torch.randn(500, k, dtype=dtype) @ torch.randn(k, k, dtype=dtype) / k**0.5
+    moments = (x.t() @ x / len(x) + 0.1 * torch.eye(k)).to(device, dtype)
+    w = torch.randn(rows, k, dtype=dtype).to(device)
+    packed, scales, biases = ops.quantize_levels(w, "optimal", group_size)
+    bits, expected = unpack_bits(packed), unpack_bits(packed)
+
+    def error(bits: Tensor) -> Tensor:
+        groups = groups_of(bits, group_size)
+        return (w - (groups * scales.unsqueeze(-1) + biases.unsqueeze(-1)).flatten(-2)) @ moments
+
+    flips = ops.descend_(bits, error(bits), scales, moments, 3, group_size)
+    counts = torch.zeros(rows, dtype=torch.int64, device=device)
+    for _ in range(3):
+        changes = ops.flip_bits_(expected, error(expected), scales, moments, 0, k, group_size)
+        counts += changes.ne(0).sum(1)
+    assert (bits != expected).sum() <= 2  # where a sum's rounding decides
+    torch.testing.assert_close(flips, counts, rtol=0, atol=2)
+    settled = ops.descend_(bits, error(bits), scales, moments, 1000, group_size)
+    assert (settled < k * 50).all()
+    assert not ops.descend_(bits, error(bits), scales, moments, 1, group_size).any()
+
+
 def test_every_operator_that_writes_counts_versions(device):
     """Autograd compares versions: a tensor it saved and that has changed is refused, not used."""
     schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("onebit::")]
     # Another one needs a test as below.
-    assert [s.name for s in schemas if s.is_mutable] == ["onebit::flip_bits_"]
+    assert {s.name for s in schemas if s.is_mutable} == {
+        f"onebit::{name}" for name in ("flip_bits_", "descend_", "add_products_")
+    }
     bits = (torch.randn(4, 64) > 0).to(device)
     levels, error = torch.rand(4, 64).requires_grad_().to(device), torch.randn(4, 64).to(device)
     y = (levels * bits).sum()
     moments = torch.eye(64).to(device)
     ops.flip_bits_(bits, error, torch.ones(4, 2).to(device), moments, 0, 64, 32)
-    assert bits._version == 1
+    ops.descend_(bits, error, torch.ones(4, 2).to(device), moments, 1, 32)
+    assert bits._version == 2
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
 
@@ -259,6 +295,7 @@ OPCHECKS = {
         (w, w, s, b, 32),
     ),
     "flip_bits_": lambda w, s, b: (ops.flip_bits_, (w > 0, w, s, torch.rand(64, 64), 0, 32, 32)),
+    "descend_": lambda w, s, b: (ops.descend_, (w > 0, w, s, torch.rand(64, 64), 2, 32)),
 }
 
 
@@ -293,6 +330,7 @@ def test_composite_affine_and_flips_equal_the_kernels():
         (ops.fake_quantize_affine, (w, scales, biases, 32)),
         (ops.fake_quantize_affine_backward, (grad, w, scales, biases, 32)),
         (ops.flip_bits_, (w > 0, error * 5, scales, torch.rand(64, 64) + 1, 8, 40, 32)),
+        (ops.descend_, (w > 0, error * 5, scales, torch.rand(64, 64) + 60 * torch.eye(64), 3, 32)),
     ]:
         mine, theirs = ([a.clone() if isinstance(a, Tensor) else a for a in args] for _ in "ab")
         torch.testing.assert_close(composite(op, *mine), op(*theirs))
@@ -319,6 +357,8 @@ ERRORS = [
     (ops.flip_bits_, (BITS, W, LEVELS, W, 0, 32, 32), r"moments must .* got \[4, 64\]"),
     (ops.flip_bits_, (BITS, W, LEVELS.half(), SQUARE, 0, 32, 32), "scales must .* got Half"),
     (ops.flip_bits_, (BITS.t(), W, LEVELS, SQUARE, 0, 4, 32), "bits must be contiguous"),
+    (ops.descend_, (BITS, W, LEVELS, SQUARE, 0, 32), "sweeps must be at least 1, got 0"),
+    (ops.descend_, (BITS, W, LEVELS, W, 1, 32), r"moments must .* got \[4, 64\]"),
 ]
 
 

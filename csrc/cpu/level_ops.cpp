@@ -150,6 +150,26 @@ Tensor flip_bits_cpu(const FlipOperands& o) {
   return changes;
 }
 
+Tensor descend_cpu(const DescentOperands& o) {
+  check_descend<int64_t>(o);
+  const int64_t n = o.bits.size(0), k = o.bits.size(1);
+  auto flips = at::empty({n}, o.bits.options().dtype(at::kLong));
+  auto local = o.error.clone(at::MemoryFormat::Contiguous);
+  const auto steps = o.scales.contiguous(), square = o.moments.contiguous();
+  const DescentArgs args{o.error.scalar_type() == at::kDouble,
+                         o.bits.mutable_data_ptr<bool>(),
+                         local.mutable_data_ptr(),
+                         steps.const_data_ptr(),
+                         square.const_data_ptr(),
+                         flips.mutable_data_ptr<int64_t>(),
+                         k,
+                         int(o.group_size),
+                         o.sweeps};
+  in_parallel(0, n, 32,
+              [&](int64_t begin, int64_t end) { kernels().levels->descend(args, begin, end); });
+  return flips;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, CPU, m) {
@@ -159,6 +179,7 @@ TORCH_LIBRARY_IMPL(onebit, CPU, m) {
   define<FakeQuantizeBackward, grad_w_cpu>(m);
   define<FakeQuantizeAffineBackward, grad_levels_cpu>(m);
   define<FlipBits, flip_bits_cpu>(m);
+  define<Descend, descend_cpu>(m);
 }
 
 }  // namespace onebit::cpu

@@ -350,6 +350,8 @@ void fake_quantize_affine_backward_as(const AffineArgs& args,
 }
 
 // float64 computes in float64, everything else in float32.
+#include "descend-inl.h"
+
 #define ONEBIT_BY_DTYPE(function)                                         \
   [](const auto& args, auto... rest) {                                    \
     return args.dtype == DType::kDouble ? function<double>(args, rest...) \
@@ -357,9 +359,12 @@ void fake_quantize_affine_backward_as(const AffineArgs& args,
   }
 
 constexpr LevelKernels make_level_kernels() {
-  return {ONEBIT_BY_DTYPE(quantize_as), ONEBIT_BY_DTYPE(fake_quantize_as),
-          ONEBIT_BY_DTYPE(fake_quantize_backward_as), ONEBIT_BY_DTYPE(fake_quantize_affine_as),
-          ONEBIT_BY_DTYPE(fake_quantize_affine_backward_as)};
+  return {ONEBIT_BY_DTYPE(quantize_as),
+          ONEBIT_BY_DTYPE(fake_quantize_as),
+          ONEBIT_BY_DTYPE(fake_quantize_backward_as),
+          ONEBIT_BY_DTYPE(fake_quantize_affine_as),
+          ONEBIT_BY_DTYPE(fake_quantize_affine_backward_as),
+          &descend};
 }
 
 #undef ONEBIT_BY_DTYPE

@@ -44,6 +44,19 @@ struct AffineArgs {
   int group_size;
 };
 
+// Passes over the columns of rows, at most `sweeps`; a row in which nothing flipped is done.
+struct DescentArgs {
+  bool is_double;       // else float
+  bool* bits;           // [n, k]
+  void* error;          // [n, k], 64-byte aligned: (w - w_hat) moments, kept so
+  const void* scales;   // [n, k / group_size]
+  const void* moments;  // [k, k], symmetric
+  int64_t* flips;       // [n], how many
+  int64_t k;
+  int group_size;
+  int64_t sweeps;
+};
+
 // Functions work on groups [begin, end) on the calling thread; a group's result depends on nothing
 // else.
 struct LevelKernels {
@@ -66,6 +79,8 @@ struct LevelKernels {
                                         void* grad_biases,
                                         int64_t begin,
                                         int64_t end);
+  // Of rows [begin, end).
+  void (*descend)(const DescentArgs&, int64_t begin, int64_t end);
 };
 
 // For the machine every binary must run on: SSE2 on x86-64, NEON on arm64.

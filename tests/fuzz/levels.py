@@ -238,8 +238,8 @@ def fake_quantize_affine_backward(choose: random.Random) -> tuple[dict, Check]:
     return {"grad": grad, **arguments}, check
 
 
-def flip_bits_(choose: random.Random) -> tuple[dict, Check]:
-    """Changes are what flipped, and the loss does not rise."""
+def flip_bits_(choose: random.Random, sweeps: int = 0) -> tuple[dict, Check]:
+    """Changes are what flipped, and the loss does not rise; of ``descend_`` if sweeps are given."""
     group_size = choose.choice([32, 32, 64])
     rows, k = choose.choice([0, 1, 3, 17]), group_size * choose.choice([1, 2])
     real = choose.choice([torch.float32, torch.float64])
@@ -249,8 +249,8 @@ def flip_bits_(choose: random.Random) -> tuple[dict, Check]:
     bits = torch.rand(rows, k) < 0.5
     spread = lambda t: t.repeat_interleave(group_size, -1)
     moments = moments.mT if choose.random() < 0.3 else moments
-    begin = choose.randrange(k)
-    end = choose.randrange(begin, k) + 1
+    begin = 0 if sweeps else choose.randrange(k)
+    end = k if sweeps else choose.randrange(begin, k) + 1
     before = bits.clone()
 
     def difference(b: Tensor) -> Tensor:
@@ -268,9 +268,14 @@ def flip_bits_(choose: random.Random) -> tuple[dict, Check]:
         outside = torch.ones(k, dtype=torch.bool)
         outside[begin:end] = False
         assert not flipped[:, outside].any(), "a bit outside flipped"
-        step = torch.where(before, -1.0, 1.0).to(real) * spread(scales)
-        want = torch.where(flipped, step, 0.0)[:, begin:end]
-        assert torch.equal(changes, want), "changes"
+        if sweeps:
+            extra = changes - flipped.sum(1)
+            assert ((extra >= 0) & (extra % 2 == 0)).all(), "flips"
+            assert (changes <= sweeps * k).all(), "more flips than sweeps allow"
+        else:
+            step = torch.where(before, -1.0, 1.0).to(real) * spread(scales)
+            want = torch.where(flipped, step, 0.0)[:, begin:end]
+            assert torch.equal(changes, want), "changes"
         start, now = loss(before), loss(bits)
         slack = (start.abs() + now.abs()) * torch.finfo(real).eps * 8 * k
         assert (now <= start + slack).all(), f"the loss rose by {(now - start).max()}"
@@ -281,11 +286,13 @@ def flip_bits_(choose: random.Random) -> tuple[dict, Check]:
         "error": error,
         "scales": scales,
         "moments": moments,
-        "begin": begin,
-        "end": end,
         "group_size": group_size,
     }
-    return arguments, check
+    return arguments | ({"sweeps": sweeps} if sweeps else {"begin": begin, "end": end}), check
+
+
+def descend_(choose: random.Random) -> tuple[dict, Check]:
+    return flip_bits_(choose, choose.choice([1, 2, 5]))
 
 
 CALLS: dict[str, Callable[[random.Random], tuple[dict, Check]]] = {
@@ -295,4 +302,5 @@ CALLS: dict[str, Callable[[random.Random], tuple[dict, Check]]] = {
     "fake_quantize_affine": fake_quantize_affine,
     "fake_quantize_affine_backward": fake_quantize_affine_backward,
     "flip_bits_": flip_bits_,
+    "descend_": descend_,
 }

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from torch_onebit.packing import pack_bits
 
+BLOCK = 256  # columns whose flips see each other before the other columns do
+
 _announced: set[tuple[str, str]] = set()
 
 
@@ -176,6 +178,30 @@ def flip_bits_(
     return changes
 
 
+def descend_(
+    bits: Tensor,
+    error: Tensor,
+    scales: Tensor,
+    moments: Tensor,
+    sweeps: int,
+    group_size: int = 128,
+) -> Tensor:
+    """By matrix products, which suit a GPU, and flip_bits_, which may have a kernel there."""
+    error, flips = error.clone(), torch.zeros(len(bits), dtype=torch.int64, device=bits.device)
+    for _ in range(sweeps):
+        before = flips
+        for begin in range(0, bits.shape[1], BLOCK):
+            end = min(begin + BLOCK, bits.shape[1])
+            changes = torch.ops.onebit.flip_bits_(
+                bits, error, scales, moments, begin, end, group_size
+            )
+            error.addmm_(changes, moments[begin:end], alpha=-1)
+            flips = flips + changes.ne(0).sum(1)
+        if torch.equal(before, flips):
+            break
+    return flips
+
+
 _OPS = (
     quantize_levels,
     fake_quantize,
@@ -183,6 +209,7 @@ _OPS = (
     fake_quantize_affine,
     fake_quantize_affine_backward,
     flip_bits_,
+    descend_,
 )
 
 

@@ -92,7 +92,8 @@ GradLevels grad_levels_autograd(const LevelOperands& o, Below<GradLevels> below)
 }
 
 // Autograd looks at versions to tell whether what it saved is still what it was.
-Tensor flip_bits_counted(const FlipOperands& o, Below<Tensor> below) {
+template <class Operands>
+Tensor counted(const Operands& o, Below<Tensor> below) {
   const auto changes = below();
   o.bits.unsafeGetTensorImpl()->bump_version();
   return changes;
@@ -100,7 +101,10 @@ Tensor flip_bits_counted(const FlipOperands& o, Below<Tensor> below) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(onebit, ADInplaceOrView, m) { define_inplace<FlipBits, flip_bits_counted>(m); }
+TORCH_LIBRARY_IMPL(onebit, ADInplaceOrView, m) {
+  define_inplace<FlipBits, counted<FlipOperands>>(m);
+  define_inplace<Descend, counted<DescentOperands>>(m);
+}
 
 TORCH_LIBRARY_IMPL(onebit, Autograd, m) {
   define_autograd<FakeQuantize, fake_quantize_autograd<FakeQuantize>>(m);

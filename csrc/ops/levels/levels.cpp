@@ -26,6 +26,11 @@ TORCH_LIBRARY_FRAGMENT(onebit, m) {
   m.def(
       "flip_bits_(Tensor(a!) bits, Tensor error, Tensor scales, Tensor moments, int begin, "
       "int end, int group_size=128) -> Tensor");
+  // The same over all columns, again and again while bits of a row flip, at most `sweeps` times.
+  // Returns how many did, [n] int64.
+  m.def(
+      "descend_(Tensor(a!) bits, Tensor error, Tensor scales, Tensor moments, int sweeps, "
+      "int group_size=128) -> Tensor");
 }
 
 namespace onebit {
@@ -60,6 +65,10 @@ Tensor flip_bits_meta(const FlipOperands& o) {
   return empty(sizes, o.error, o.error.scalar_type());
 }
 
+Tensor descend_meta(const DescentOperands& o) {
+  return empty(check_descend<SymInt>(o), o.bits, at::kLong);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, Meta, m) {
@@ -69,6 +78,7 @@ TORCH_LIBRARY_IMPL(onebit, Meta, m) {
   define<FakeQuantizeBackward, fake_quantize_meta>(m);
   define<FakeQuantizeAffineBackward, grad_levels_meta>(m);
   define<FlipBits, flip_bits_meta>(m);
+  define<Descend, descend_meta>(m);
 }
 
 }  // namespace onebit

@@ -112,4 +112,27 @@ struct FlipBits {
   }
 };
 
+// bits, error [n, k], scales [n, k / group_size], moments [k, k].
+struct DescentOperands {
+  Tensor& bits;
+  const Tensor& error;
+  const Tensor& scales;
+  const Tensor& moments;
+  int64_t sweeps;
+  int64_t group_size;
+};
+
+struct Descend {
+  static constexpr const char* kName = "onebit::descend_";
+  using Signature = Tensor(Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t);
+  static DescentOperands operands(Tensor& bits,
+                                  const Tensor& error,
+                                  const Tensor& scales,
+                                  const Tensor& moments,
+                                  int64_t sweeps,
+                                  int64_t group_size) {
+    return {bits, error, scales, moments, sweeps, group_size};
+  }
+};
+
 }  // namespace onebit

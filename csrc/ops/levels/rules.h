@@ -59,10 +59,11 @@ QuantizeShape<Int> check_choice(const LevelOperands& o) {
   return shape;
 }
 
-// Returns [n, end - begin].
-template <class Int>
-Sizes<Int> check_flip_bits(const FlipOperands& o) {
-  const auto& [bits, error, scales, moments, begin, end, group_size] = o;
+// Operands of coordinate descent, whichever they are.
+template <class Int, class Operands>
+void check_descent(const Operands& o) {
+  const auto &bits = o.bits, &error = o.error;
+  const int64_t group_size = o.group_size;
   check_group_size(group_size);
   check_dense("bits", bits);
   TORCH_CHECK_VALUE(bits.scalar_type() == at::kBool, "bits must be bool, got ", bits.scalar_type());
@@ -72,12 +73,9 @@ Sizes<Int> check_flip_bits(const FlipOperands& o) {
   TORCH_CHECK_VALUE(equal(sizes[1] % group_size, Int(0)),
                     "bits must have a last dimension that is a multiple of group_size ", group_size,
                     ", got ", sizes[1]);
-  TORCH_CHECK_VALUE(0 <= begin && begin < end && end <= sizes[1],
-                    "begin and end must lie in order within the columns of bits (", sizes[1],
-                    "), got ", begin, " and ", end);
   check_values("error", error);  // the others are compared with it
-  for (const auto& [name, t] :
-       {std::pair("error", error), std::pair("scales", scales), std::pair("moments", moments)}) {
+  for (const auto& [name, t] : {std::pair("error", error), std::pair("scales", o.scales),
+                                std::pair("moments", o.moments)}) {
     check_values(name, t);
     TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, name,
                       " must be float32 or float64, got ", t.scalar_type());
@@ -87,9 +85,29 @@ Sizes<Int> check_flip_bits(const FlipOperands& o) {
     check_same_device(name, t, bits);
   }
   check_sizes<Int>("error", error, sizes, " (as bits)");
-  check_sizes<Int>("scales", scales, {sizes[0], sizes[1] / group_size}, " (one per group of bits)");
-  check_sizes<Int>("moments", moments, {sizes[1], sizes[1]}, " (a square of the columns of bits)");
-  return {sizes[0], Int(end - begin)};
+  check_sizes<Int>("scales", o.scales, {sizes[0], sizes[1] / group_size},
+                   " (one per group of bits)");
+  check_sizes<Int>("moments", o.moments, {sizes[1], sizes[1]},
+                   " (a square of the columns of bits)");
+}
+
+// Returns [n, end - begin].
+template <class Int>
+Sizes<Int> check_flip_bits(const FlipOperands& o) {
+  check_descent<Int>(o);
+  const auto sizes = sizes_of<Int>(o.bits);
+  TORCH_CHECK_VALUE(0 <= o.begin && o.begin < o.end && o.end <= sizes[1],
+                    "begin and end must lie in order within the columns of bits (", sizes[1],
+                    "), got ", o.begin, " and ", o.end);
+  return {sizes[0], Int(o.end - o.begin)};
+}
+
+// Returns [n].
+template <class Int>
+Sizes<Int> check_descend(const DescentOperands& o) {
+  check_descent<Int>(o);
+  TORCH_CHECK_VALUE(o.sweeps >= 1, "sweeps must be at least 1, got ", o.sweeps);
+  return {sizes_of<Int>(o.bits)[0]};
 }
 
 }  // namespace onebit
