@@ -23,9 +23,10 @@ ROOMS = {
     "csrc/ops/codec": ["csrc/ops"],
     "csrc/ops/product": ["csrc/ops"],
     "csrc/ops/levels": ["csrc/ops", "csrc/ops/codec"],  # quantize_levels has the shapes of quantize
+    "csrc/ops/moments": ["csrc/ops"],
     **{
         f"csrc/{backend}": ["csrc/ops", "csrc/format.h", "metal"]
-        + [f"csrc/ops/{room}" for room in ("codec", "product", "levels")]
+        + [f"csrc/ops/{room}" for room in ("codec", "product", "levels", "moments")]
         for backend in BACKENDS
     },
 }

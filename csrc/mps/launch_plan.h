@@ -50,23 +50,6 @@ constexpr const char* kernel_name(Kernel kernel) {
   return names[static_cast<int>(kernel)];
 }
 
-// The metal/<name>.metal that has it: a library of its own, compiled at the first use of one of its
-// kernels.
-constexpr const char* library_name(Kernel kernel) {
-  switch (kernel) {
-    case Kernel::kQmmSorted:
-      return "qmm";
-    case Kernel::kQuantizeLevels:
-    case Kernel::kFakeQuantize:
-    case Kernel::kFakeQuantizeBackward:
-      return "levels";
-    case Kernel::kFakeQuantizeAffineBackward:
-      return "fake_quantize_affine";
-    default:
-      return kernel_name(kernel);
-  }
-}
-
 constexpr const char* type_name(DType type) {
   constexpr const char* names[] = {"float", "half", "bfloat"};
   return names[static_cast<int>(type)];
@@ -149,8 +132,8 @@ constexpr ProductRule kProductRules[] = {
     {true, kFirstFamily, 1, Kernel::kQmv},
     // A weight costs 3 operations to decode and M to multiply; in qmm, whose tile always has 32
     // rows,
-    // 32 and its way through threadgroup memory. 8 rows are what the registers hold: 16 sums
-    // and 32 values of x take 48 of 128 *.
+    // 32 and its way through threadgroup memory. 8 rows are what the registers hold: the sums of 4
+    // outputs and the values of x take 64 of 128 *.
     {true, kFirstFamily, kWideMaxM, Kernel::kQmvWide},
     // Above, a second pass over w would cost more than the idle rows of a tile *.
     {true, kFirstFamily, kAnyM, Kernel::kQmm},
@@ -241,7 +224,6 @@ struct Product {
   DType type;    // of x and y
   DType levels;  // of scales and biases
   bool has_biases;
-  uint32_t x_repeat = 0, w_repeat = 0;  // as in QmmParams
 };
 
 struct ProductPlan {
@@ -270,8 +252,7 @@ constexpr uint8_t wide_rows(uint32_t m) {
 constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu, Kernel kernel) {
   ProductPlan plan = {};
   plan.params = {p.m,          p.n,          p.k,       group_shift(p.group_size),
-                 p.x_matrices, p.w_matrices, p.batches, p.k,
-                 p.x_repeat,   p.w_repeat};
+                 p.x_matrices, p.w_matrices, p.batches, p.k};
   plan.splits = 1;
   Launch& launch = plan.product;
   launch.pipeline = {kernel, p.type, 0, false, p.levels, p.has_biases, p.indexed};
@@ -283,8 +264,7 @@ constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu, Kernel kern
       break;
     case Kernel::kQmvWide:
       launch.pipeline.rows = wide_rows(p.m);
-      launch.groups = {ceil_div(p.n, wide_outputs(launch.pipeline.rows) * kWideSimdgroups), 1,
-                       p.batches};
+      launch.groups = {ceil_div(p.n, kWideRows * kWideSimdgroups), 1, p.batches};
       launch.threads = kWideSimdgroups * kLanes;
       break;
     case Kernel::kQmmSorted:
@@ -387,6 +367,6 @@ static_assert(kTileM * 4 == kTileThreads && kTileK * 8 == kTileWideThreads && kT
 static_assert(kQvmSimdgroups == 8, "qvm reduces 8 of a lane's sums at a time");
 static_assert(static_cast<int>(Kernel::kFlipBits) < 16, "4 bits of a key");
 static_assert(kWideMaxM < 2 * kTileM && 2 * kTileM < 128, "7 bits of a key");
-static_assert(sizeof(QmmParams) == 40 && sizeof(AffineGradParams) == 40, "no padding");
+static_assert(sizeof(QmmParams) == 32 && sizeof(AffineGradParams) == 32, "no padding");
 
 }  // namespace onebit::mps
