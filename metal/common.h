@@ -4,10 +4,10 @@
 #include <metal_simdgroup_matrix>
 #include <metal_stdlib>
 
+#include "params.h"
+
 // A product is rounded before it is added, as on the CPU; what is fused says fma.
 #pragma METAL fp contract(off)
-
-#include "params.h"
 
 using namespace metal;
 using namespace onebit;
@@ -74,10 +74,6 @@ inline vec<float, 4> read_four(const device T* x) {
   return vec<float, 4>(*(const device vec<T, 4>*)x);
 }
 
-inline long matrix_of(const device long* index, uint repeat, uint matrices, uint b) {
-  return repeat != 0 ? long(b / repeat % matrices) : index[b];
-}
-
 // Which matrices of x and w meet in output matrix b. An index outside its range has no matrix: the
 // kernel then writes NaN, for raising an error would make every call wait for the GPU.
 struct Matrices {
@@ -91,8 +87,7 @@ inline Matrices find_matrices(const device long* x_index,
                               uint b) {
   Matrices found = {0, 0, true};
   if (kIndexed) {
-    const long x = matrix_of(x_index, p.x_repeat, p.x_matrices, b);
-    const long w = matrix_of(w_index, p.w_repeat, p.w_matrices, b);
+    const long x = x_index[b], w = w_index[b];
     found.valid = x >= 0 && x < long(p.x_matrices) && w >= 0 && w < long(p.w_matrices);
     found.x = found.valid ? uint(x) : 0;
     found.w = found.valid ? uint(w) : 0;

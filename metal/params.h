@@ -41,27 +41,24 @@ struct DecodeParams {
 };
 ONEBIT_CONSTANT uint32_t kDecodeThreads = 256;  // 8 values each: one byte of packed
 
-// y[b] [m, n] = x[x_index[b]] [m, k] . w[w_index[b]]. Where a repeat is not 0 there is no index:
-// the matrix is (b / repeat) % matrices.
+// y[b] [m, n] = x[x_index[b]] [m, k] . w[w_index[b]]; the indices are null when there is one matrix
+// of each.
 struct QmmParams {
   uint32_t m, n, k;
   uint32_t group_shift;
   uint32_t x_matrices, w_matrices;
   uint32_t batches;
   uint32_t split_k;  // terms of k in one split; k when the sum is not split
-  uint32_t x_repeat, w_repeat;
 };
 
 // qmv: one row of x. A simdgroup owns kQmvRows outputs.
 ONEBIT_CONSTANT uint32_t kQmvRows = 8;
 ONEBIT_CONSTANT uint32_t kQmvSimdgroups = 2;
 
-// qmv_wide: 2 to 8 rows of x share every decoded weight. A simdgroup owns so many outputs that it
-// keeps 16 sums a lane: more spill (3 rows in float32: 7 times the time of reading w,
-// PrismML mlx #9).
+// qmv_wide: 2 to 8 rows of x share every decoded weight.
+ONEBIT_CONSTANT uint32_t kWideRows = 4;
 ONEBIT_CONSTANT uint32_t kWideSimdgroups = 2;
 ONEBIT_CONSTANT uint32_t kWideMaxM = 8;
-constexpr uint32_t wide_outputs(uint32_t m) { return m <= 4 ? 4 : 2; }
 
 // qmm: tiles of y [kTileM, kTileN], or of twice the rows; k in steps of one word.
 ONEBIT_CONSTANT uint32_t kTileM = 32;
@@ -90,7 +87,6 @@ struct AffineGradParams {
   uint32_t batches;  // matrices of the gradient
   uint32_t x_matrices, w_matrices;
   uint32_t x_by_row;  // 1 when x is by_row
-  uint32_t x_repeat, w_repeat;
 };
 ONEBIT_CONSTANT uint32_t kGradRows = 4;
 ONEBIT_CONSTANT uint32_t kGradSimdgroups = 4;

@@ -49,6 +49,14 @@ def test_calibrated_keeps_outputs_better_than_optimal(group_size, symmetric):
     )
 
 
+def test_weights_are_calibrated_alike_under_autocast():
+    x, w = correlated(600, 256), torch.randn(70, 256)
+    moments = x.t() @ x
+    plain = quantize_weight(w, "calibrated", 64, moments=moments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantize_weight(w, "calibrated", 64, moments=moments)[0], plain[0])
+
+
 def test_sums_are_float64_where_the_device_has_none(device):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32, bias=False))

@@ -337,15 +337,21 @@ def test_layers_whose_inputs_differ_in_number_see_those_of_the_float_model():
     assert all(0 <= row.output_error < 0.5 for row in found.layers)
 
 
-def test_encoder_layers_of_pytorch_are_calibrated_and_its_switch_is_left_alone():
+@pytest.mark.parametrize("nested", [False, True])
+def test_encoder_layers_of_pytorch_are_calibrated_without_its_global_switch(nested, monkeypatch):
+    """Nor its nested tensors, which it makes of padded batches when no gradient is wanted."""
     model = nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2, enable_nested_tensor=False
+        nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2, enable_nested_tensor=nested
     ).eval()
-    found = report(calibrate_(model, [torch.randn(4, 6, 32)], **FEW))
+    padding = torch.arange(6) >= torch.tensor([[6], [3], [5], [6]])
+    batches = [{"src": torch.randn(4, 6, 32), "src_key_padding_mask": padding} for _ in range(3)]
+    monkeypatch.setattr(torch.backends.mha, "set_fastpath_enabled", None)  # whoever calls it fails
+    found = report(calibrate_(model, batches, **FEW))
     assert [row.name for row in found.layers if row.output_error is not None] == [
         f"layers.{i}.linear{j}" for i in range(2) for j in (1, 2)
     ]
-    assert torch.backends.mha.get_fastpath_enabled()
+    assert all(row.output_error < 0.5 for row in found.layers)
+    assert model.use_nested_tensor == nested
 
 
 class Masked(nn.Module):

@@ -9,7 +9,7 @@ from torch_onebit.calibration.batches import Call
 from torch_onebit.calibration.chains import Passes
 from torch_onebit.calibration.jobs import Job, put
 from torch_onebit.calibration.moments import InputMoments, OutputMoments
-from torch_onebit.calibration.running import Replay, run, watch
+from torch_onebit.calibration.running import Replay, run, standing_in, watch
 from torch_onebit.calibration.survey import Survey
 from torch_onebit.linear_algebra import not_finite
 
@@ -82,8 +82,12 @@ class Collector:
                 sums.add(name, x, next(wanted[name], None), r)
 
             layers = {name: self.working.get_submodule(name) for name in names}
+            as_floats = {
+                layers[name]: iter([output for output, _ in given[name][batch]]) for name in names
+            }
             with self.replay.through(self._frozen_before(names, batch), batch):
-                watch(module, layers, counts, call, add)
+                with standing_in(as_floats):
+                    watch(module, layers, counts, call, add)
             sums.check(batch, sum(counts.values()))
         if not sums.in_step:
             note = "inputs of the float model: the 1-bit one goes elsewhere"

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from torch_onebit import ops
 from torch_onebit.calibration.moments import InputMoments, OutputMoments
 from torch_onebit.float_layers import matrix
-from torch_onebit.linear_algebra import cholesky, damping_of, solving_device
+from torch_onebit.linear_algebra import (
+    cholesky,
+    damping_of,
+    solving_device,
+    without_autocast,
+)
 from torch_onebit.methods import quantize_weight
 from torch_onebit.packing import pack_bits
 from torch_onebit.padding import fill, missing
@@ -60,6 +65,7 @@ def without_data(layer: nn.Module, group_size: int, symmetric: bool, note: str) 
 
 
 @torch.no_grad()
+@without_autocast
 def calibrate_layer(
     layer: nn.Linear,
     normal: Normal,
@@ -77,21 +83,18 @@ def calibrate_layer(
     home, bias = layer.weight.device, layer.bias
     w = matrix(layer).to(normal.h.device)
     c = outputs.second(centred=bias is not None)
-    wanted = (c + w.double() * normal.damping).float()
-    start = torch.cholesky_solve(wanted.t(), normal.root.float()).t()
-    h = normal.damped.float()
-    bits, scales, biases = solve(
-        *filled(start, wanted, h, normal.damping, group_size), group_size, symmetric, options
-    )
+    wanted = torch.add(c, w.float(), alpha=normal.damping)
+    exact = torch.cholesky_solve(wanted.t(), normal.root).t()
+    filled_up = filled(exact, wanted, normal.damped, normal.damping, group_size)
+    bits, scales, biases = solve(*filled_up, group_size, symmetric, options)
     levels = (pack_bits(bits), scales.to(w.dtype), None if symmetric else biases.to(w.dtype))
-    w_hat = ops.dequantize(*levels, group_size)[:, : w.shape[1]].double()
+    w_hat = ops.dequantize(*levels, group_size)[:, : w.shape[1]].float()
     lora_a = lora_b = None
     if rank:
-        exact = torch.cholesky_solve(wanted.double().t(), normal.root).t()
-        lora_a, lora_b = _low_rank(exact - w_hat, normal.root, rank)
+        lora_a, lora_b = _low_rank((exact - w_hat).double(), normal.root.double(), rank)
         lora_a, lora_b = lora_a.to(w.dtype), lora_b.to(w.dtype)
-        w_hat += lora_b.double() @ lora_a.double()
-    offset = outputs.mean() - w_hat @ outputs.inputs.mean()
+        w_hat = w_hat + lora_b.float() @ lora_a.float()
+    offset = outputs.mean() - w_hat.double() @ outputs.inputs.mean()
     if bias is not None:
         bias = offset.to(bias.dtype)
         offset = offset - bias.double()
@@ -100,7 +103,8 @@ def calibrate_layer(
     else:
         h = normal.h
     # E|w_hat x - t|^2 about the means, row by row: not below 0 but for rounding
-    spread = outputs.variance() + ((w_hat @ h - 2 * c) * w_hat).sum(1)
+    spread = torch.addmm(c, w_hat, h, beta=-2).mul_(w_hat).sum(1, dtype=torch.float64)
+    spread += outputs.variance()
     difference = float(spread.clamp(min=0).sum() + offset.square().sum())
     energy = float(outputs.variance().sum() + outputs.mean().square().sum())
 

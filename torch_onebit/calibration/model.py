@@ -1,13 +1,11 @@
 """calibrate_: quantize a whole model layer by layer, each against the float model's outputs."""
 
-import contextlib
 import copy
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -16,6 +14,7 @@ from torch_onebit.calibration.checkpoint import Store
 from torch_onebit.calibration.collect import Collector
 from torch_onebit.calibration.jobs import Job, find_jobs, install, put
 from torch_onebit.calibration.layer import Normal, Result, calibrate_layer, without_data
+from torch_onebit.calibration.running import multiply_in_bfloat16
 from torch_onebit.calibration.survey import Survey, survey
 from torch_onebit.checks import check_count
 from torch_onebit.methods import check_method
@@ -84,44 +83,44 @@ def calibrate_(
     defaults = {"group_size": group_size, "symmetric": symmetric}
     plan, jobs = find_jobs(model, filter_fn, skip, defaults)
     calls, batches_taken = as_calls(model, batches)
-    with _no_fast_path():
-        reference = _eval_copy(model, jobs)
-        candidates = {job.name: reference.get_submodule(job.name) for job in jobs if not job.reason}
-        seen = survey(reference, calls, candidates)
-        store = Store(checkpoint)
-        visits = _visits(jobs, seen)
-        ordered = [job for group in visits for job in group]
-        store.open(model, ordered, calls, options, lora_rank)
-        working = _eval_copy(model, jobs)
-        collector = Collector(reference, working, calls, seen)
-        bar = _Bar({job.name: _cost(job, seen, options) for job in ordered}, progress)
-        new: dict[Job, nn.Module] = {}
-        for group in visits:
-            bar.start(group)
-            results = [
-                store.load(len(new) + i, job.layer.weight.device) for i, job in enumerate(group)
-            ]
-            todo = [job for job, result in zip(group, results, strict=True) if result is None]
-            upcoming = [job for job in ordered[len(new) + len(group) :] if not job.reason]
-            made = dict(_quantize(todo, upcoming, collector, options, lora_rank))
-            for job, saved in zip(group, results, strict=True):
-                result = saved or made[job]
-                if not saved:
-                    store.save(len(new), result)
+    reference = _eval_copy(model, jobs)
+    candidates = {job.name: reference.get_submodule(job.name) for job in jobs if not job.reason}
+    for layer in candidates.values():
+        multiply_in_bfloat16(layer)
+    seen = survey(reference, calls, candidates)
+    store = Store(checkpoint)
+    visits = _visits(jobs, seen)
+    ordered = [job for group in visits for job in group]
+    store.open(model, ordered, calls, options, lora_rank)
+    working = _eval_copy(model, jobs)
+    collector = Collector(reference, working, calls, seen)
+    bar = _Bar({job.name: _cost(job, seen, options) for job in ordered}, progress)
+    new: dict[Job, nn.Module] = {}
+    for group in visits:
+        bar.start(group)
+        results = [store.load(len(new) + i, job.layer.weight.device) for i, job in enumerate(group)]
+        todo = [job for job, result in zip(group, results, strict=True) if result is None]
+        upcoming = [job for job in ordered[len(new) + len(group) :] if not job.reason]
+        made = dict(_quantize(todo, upcoming, collector, options, lora_rank))
+        for job, saved in zip(group, results, strict=True):
+            result = saved or made[job]
+            if not saved:
+                store.save(len(new), result)
                 job.swap.note = result.note
-                job.swap.figures = {
-                    "weight_error": result.weight_error,
-                    "output_error": result.output_error,
-                    "seconds": result.seconds,
-                }
-                new[job] = job.make(result)
-                layer = job.make(result).eval()
-                if job.reason:
-                    put(working, job.names, layer)
-                else:
-                    collector.installed(job, layer)
-                bar.finish(job, fresh=not saved)
-        bar.close()
+            job.swap.figures = {
+                "weight_error": result.weight_error,
+                "output_error": result.output_error,
+                "seconds": result.seconds,
+            }
+            new[job] = job.make(result)
+            layer = job.make(result).eval()
+            multiply_in_bfloat16(layer)
+            if job.reason:
+                put(working, job.names, layer)
+            else:
+                collector.installed(job, layer)
+            bar.finish(job, fresh=not saved)
+    bar.close()
     report = install(plan, new)
     report.calibration = CalibrationReport(batches_taken, tuple(seen.chains))
     return model
@@ -195,28 +194,21 @@ def _visits(jobs: list[Job], seen: Survey) -> list[list[Job]]:
 def _eval_copy(model: nn.Module, jobs: list[Job]) -> nn.Module:
     """A copy in eval mode that shares the weights to be quantized."""
     shared = {id(job.layer.weight): job.layer.weight for job in jobs}
-    return copy.deepcopy(model, shared).eval()
-
-
-@contextlib.contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """Without the kernels that PyTorch's encoder layers run on the weights of their layers."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+    result = copy.deepcopy(model, shared).eval()
+    for module in result.modules():
+        if isinstance(module, nn.TransformerEncoder):  # nested tensors have no rows to sum over
+            module.use_nested_tensor = module.enable_nested_tensor = False
+    return result
 
 
 def _cost(job: Job, seen: Survey, options: CalibrationOptions) -> float:
-    """Multiply-adds of a layer, those of small systems counted as often as they take longer."""
+    """Multiply-adds of a layer, counted as often as they take longer than those of the passes."""
     n, k = job.swap.shape
     if job.reason:
         return 50.0 * n * k
     rows, groups = seen.uses[job.name].rows, k / job.group_size
     passes = 3 * rows * n * k + rows * k * (k / 2 + n)
-    solver = options.rounds * n * (k * k * (0.5 + options.sweeps) + 3 * (2 * groups) ** 3)
+    solver = options.rounds * n * (6 * k * k + 3 * (2 * groups) ** 3)
     return passes + solver + k**3
 
 
