@@ -171,7 +171,7 @@ constexpr Launch plan_quantize(int64_t groups, DType type, int group_words) {
   const uint64_t vectors = groups * group_words * kWordBits * type_size(type) / 16;
   Launch launch = {Kernel::kQuantize, {type, type, type}, {}, kBlockThreads};
   launch.variant.group_words = group_words;
-  launch.grid.x = ceil_div(vectors, 4 * kBlockThreads);
+  launch.grid.x = ceil_div(vectors, kQuantizeChunks * kBlockThreads);
   return launch;
 }
 
@@ -238,14 +238,43 @@ constexpr bool has_b1(const Gpu& gpu, DType x) {
   return x == DType::kFloat ? a == 80 || a == 90 : a >= 80 && a < 100;
 }
 
-constexpr uint32_t kB1MaxM = 4;
+// Of groups of 64 and 32 planes are multiplied twice and four times, and decoding wins sooner
+// (H100, 14336 x 4096, 4 rows: 16 and 25 us, hmma 13 and 19 us; float32, 3 rows: 25 and 38 us, hmma
+// 50 and 47 us, 4 rows of groups of 32: 50 us).
+constexpr uint32_t b1_max_m(int group_words, DType x) {
+  if (group_words == 4) return 4;
+  return x != DType::kFloat ? 2 : group_words == 2 ? 4 : 3;
+}
+// What counts are waves of blocks times the turns that a warp takes, four blocks of columns each:
+// every turn waits for memory once. Registers leave room for so many warps.
+constexpr uint32_t kB1Warps[] = {4, 8, 14};
+constexpr uint32_t kB1WarpsInFlight = 42;
+constexpr uint32_t b1_warps(uint32_t n, uint32_t k, const Gpu& gpu) {
+  uint64_t least = ~0ull;
+  uint32_t best = 0;
+  for (const uint32_t warps : kB1Warps) {
+    const uint64_t waves =
+        ceil_div(ceil_div(n, 16), uint64_t(kB1WarpsInFlight / warps) * gpu.multiprocessors);
+    const uint64_t turns = waves * ceil_div(k / 512, warps);
+    if (turns < least) least = turns, best = warps;
+  }
+  return best;
+}
 // Above, a tile of 32 rows in wgmma is faster (H100, 14336 x 4096: 15 us for 32 rows, 19 us here
 // for 16, 13 us for 8); of float32 x already above what b1 takes.
 constexpr uint32_t kHmmaMaxM = 8;
 constexpr uint32_t kHmmaMaxFloatM = 4;
 // Where there is no wgmma, tiles of 16 rows share the weights through L2 up to here: dequantize and
-// cuBLAS move 16 bits a weight twice, whatever m is.
+// cuBLAS move 16 bits a weight twice, whatever m is (tried on an H100, 14336 x 4096: 64 rows take
+// 65 and 93 us, 128 rows 124 and 95 us).
 constexpr uint32_t kHmmaAloneMaxM = 32;
+constexpr uint32_t kHmmaAloneMaxWideM = 64;
+// With two tiles of W a warp decodes half as often where x has two, and reads half of x: 65 us,
+// with one 111 us. Not of groups of 32, nor of float32 x, which decoding takes longer.
+constexpr bool two_tiles(const Product& p, const Gpu& gpu) {
+  return gpu.architecture != 90 && !p.indexed && p.x != DType::kFloat && p.m > 8 &&
+         p.group_words > 1;
+}
 // Above, decoding anew for every 256 rows of x costs more than one pass that writes 16-bit weights
 // (H100: 0.78 against 0.80 of cuBLAS at 2048 rows). float32 has no such limit: three bfloat16
 // products are three times as fast as one in float32.
@@ -259,14 +288,14 @@ constexpr uint32_t kWideBlocks = 4;
 
 constexpr uint32_t kGridYLimit = 65535;
 
-constexpr ProductPlan plan_b1(const Product& p, Variant v) {
+constexpr ProductPlan plan_b1(const Product& p, const Gpu& gpu, Variant v) {
   v.m = p.m;
-  v.warps = p.k >= kLongK ? 14 : p.n >= 2 * 4096 ? 4 : 8;
+  v.warps = b1_warps(p.n, p.k, gpu);
   v.row_tiles = 1;
   ProductPlan plan = {Way::kB1, {}, {}};
   plan.planes = {Kernel::kPlanes, v, {uint32_t(ceil_div(p.k / 128 * p.m, 4)), 1, 1}, 128};
   plan.product = {Kernel::kB1, v, {uint32_t(ceil_div(p.n, 16)), 1, 1}, v.warps * 32u};
-  plan.product.early = true;
+  plan.planes.early = plan.product.early = true;
   return plan;
 }
 
@@ -274,14 +303,17 @@ constexpr ProductPlan plan_hmma(const Product& p, const Gpu& gpu, Variant v) {
   const bool floats = p.x == DType::kFloat;
   v.whole = p.k / kWordBits / p.group_words % 4 == 0;
   v.column_tiles = floats || p.m <= 8 ? 1 : 2;
-  v.row_tiles = !floats && ceil_div(p.n, 16) >= kWideBlocks * gpu.multiprocessors ? 2 : 1;
+  const bool wide = ceil_div(p.n, 16) >= kWideBlocks * gpu.multiprocessors;
+  v.row_tiles = !floats && (wide || two_tiles(p, gpu)) ? 2 : 1;
   v.warps = v.row_tiles == 2 ? 4 : p.k >= kLongK && v.column_tiles == 1 ? 14 : 8;
   ProductPlan plan = {Way::kHmma, {}, {}};
   plan.product = {Kernel::kHmma,
                   v,
                   {uint32_t(ceil_div(p.m, 8 * v.column_tiles)) * p.batches,
                    uint32_t(ceil_div(p.n, 16 * v.row_tiles)), 1},
-                  v.warps * 32u};
+                  v.warps * 32u,
+                  0,
+                  true};
   return plan;
 }
 
@@ -323,7 +355,7 @@ constexpr ProductPlan plan_wgmma(const Product& p, const Gpu& gpu, Variant v) {
       {uint32_t(ceil_div(p.m, v.rows)), uint32_t(ceil_div(p.n, 64 * v.consumers)), plan.splits},
       128u * (v.consumers + 1),
       1024 + v.stages * stage,
-      p.x == DType::kFloat};
+      true};
   return plan;
 }
 
@@ -338,11 +370,12 @@ constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu) {
                     kBlockThreads};
     return plan;
   }
-  if (!p.indexed && p.m <= kB1MaxM && p.group_words == 4 && p.k % 512 == 0 && has_b1(gpu, p.x)) {
-    return plan_b1(p, v);
+  if (!p.indexed && p.m <= b1_max_m(p.group_words, p.x) && p.k % 512 == 0 && has_b1(gpu, p.x)) {
+    return plan_b1(p, gpu, v);
   }
-  const bool tiled = gpu.architecture == 90 && p.k % 128 == 0;
-  const uint32_t most = !tiled ? kHmmaAloneMaxM : p.x == DType::kFloat ? kHmmaMaxFloatM : kHmmaMaxM;
+  const bool tiled = gpu.architecture == 90 && p.k % 128 == 0, floats = p.x == DType::kFloat;
+  const uint32_t most = tiled ? (floats ? kHmmaMaxFloatM : kHmmaMaxM)
+                              : (two_tiles(p, gpu) ? kHmmaAloneMaxWideM : kHmmaAloneMaxM);
   const bool few = p.m <= most;
   if (p.indexed || (few && ceil_div(p.n, 16) <= kGridYLimit)) return plan_hmma(p, gpu, v);
   if (tiled && (p.m <= kWgmmaMaxM || p.x == DType::kFloat)) return plan_wgmma(p, gpu, v);
@@ -379,7 +412,8 @@ constexpr Launch plan_groups(Kernel kernel,
   launch.variant.group_words = options.group_words;
   launch.variant.rule = options.rule;
   launch.variant.has_importance = options.has_importance;
-  launch.grid.x = ceil_div(groups, kGroupWarps);
+  launch.grid.x =
+      ceil_div(groups, kGroupWarps * groups_of_warp(options.rule, options.has_importance));
   return launch;
 }
 

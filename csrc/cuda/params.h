@@ -18,7 +18,8 @@ namespace onebit {
 // Threads of a block in kernels whose blocks do not cooperate.
 constexpr uint32_t kBlockThreads = 256;
 
-// quantize: a thread holds 16 bytes of w.
+// quantize: a thread reads 16 bytes kQuantizeChunks times.
+constexpr uint32_t kQuantizeChunks = 2;
 struct QuantizeArgs {
   const void* w;  // [groups, group_size]
   uint32_t* packed;
@@ -28,7 +29,7 @@ struct QuantizeArgs {
 };
 
 // dequantize, embedding: a thread writes 16 bytes kDecodeChunks times.
-constexpr uint32_t kDecodeChunks = 4;
+constexpr uint32_t kDecodeChunks = 2;
 struct DecodeArgs {
   const uint32_t* packed;  // [rows, words]
   const void* scales;      // [rows, words / group_words]
@@ -54,7 +55,7 @@ struct ProductArgs {
   uint32_t m, n, k;
   // of b1 alone
   uint32_t* planes;  // [k / 128, m, planes / 8, 32]
-  float* groups;     // [k / 128, m, 4]: unit of the fixed point (NaN: none), sum of x, its rest
+  float* groups;  // [k / group_size, m, 4]: unit of the fixed point (NaN: none), sum of x, its rest
 };
 
 // A CUtensorMap, which cuda.h aligns and the driver fills.
@@ -107,7 +108,8 @@ struct AffineGradArgs {
 constexpr uint32_t kGradRows = 4;
 constexpr uint32_t kGradWarps = 4;
 
-// quantize_levels, fake_quantize, ...: a warp owns a group of w.
+// quantize_levels, fake_quantize, ...: a warp owns a group of w; of the best cut several, so that a
+// block has a group for every lane of the warp that sums them, as far as its shared memory goes.
 struct GroupArgs {
   const void* w;
   const void* grad;         // as w, in the other dtype
@@ -122,6 +124,9 @@ struct GroupArgs {
   int64_t period;  // importance repeats after so many groups
 };
 constexpr uint32_t kGroupWarps = 8;
+constexpr uint32_t groups_of_warp(Rule rule, bool has_importance) {
+  return rule != Rule::kOptimal ? 1 : has_importance ? 2 : 4;
+}
 
 struct FlipArgs {
   bool* bits;            // [rows, columns]

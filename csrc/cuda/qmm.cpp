@@ -48,7 +48,9 @@ ProductArgs product_args(const Inputs& o,
 
 void run_b1(const ProductPlan& plan, const Product& p, ProductArgs args, const Tensor& like) {
   const int64_t items = int64_t(p.k) / 128 * p.m, octets = p.x == DType::kFloat ? 4 : 2;
-  const auto scratch = at::empty({items * (octets * 32 + 4)}, like.options().dtype(at::kFloat));
+  const int64_t of_groups = 4 * (4 / p.group_words);
+  const auto scratch =
+      at::empty({items * (octets * 32 + of_groups)}, like.options().dtype(at::kFloat));
   args.planes = mutable_words(scratch);
   args.groups = scratch.mutable_data_ptr<float>() + items * octets * 32;
   launch(plan.planes, args);

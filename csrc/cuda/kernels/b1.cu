@@ -1,13 +1,16 @@
-// y[m, n] = x[m, :] . W[n, :] for m <= 4 and groups of 128 with no decoding at all: packed words
-// are the A operand of the 1-bit tensor-core product (and, then population count), and x comes as
-// bit planes: kPlanes bits of fixed point per group, relative to the group's largest |x|.
+// y[m, n] = x[m, :] . W[n, :] for m <= 4 with no decoding at all: packed words are the A operand of
+// the 1-bit tensor-core product (and, then population count), and x comes as bit planes: kPlanes
+// bits of fixed point per block of 128 columns, relative to the block's largest |x|.
 //   y = sum over groups of scale * 2^e * sum over planes p of 2^p * popcount(word & plane_p)
 //       + bias * (sum of x)
 // Native on sm_80 to sm_90; later architectures emulate it, and hmma.cu serves there.
 //
-// Fixed point costs small values bits: beside an outlier they would lose all of them. A group more
+// The instruction takes 128 columns at once: of a block that holds several groups, it is repeated
+// with the planes of one group and zeros for the others.
+//
+// Fixed point costs small values bits: beside an outlier they would lose all of them. A block more
 // than half of whose values are not exact in fixed point is not multiplied as planes: its unit is
-// NaN, and its bits choose floats. So is a group with an infinity or a NaN.
+// NaN, and its bits choose floats. So is a block with an infinity or a NaN.
 //   ONEBIT_M   rows of x
 //   ONEBIT_WARPS, ONEBIT_ROW_TILES   of a block of the product
 #include "common.cuh"
@@ -17,7 +20,8 @@ using Level = ONEBIT_LEVELS;
 constexpr int M = ONEBIT_M, kWarps = ONEBIT_WARPS, kRowTiles = ONEBIT_ROW_TILES;
 constexpr int kOctets = kSame<X, Float> ? 4 : 2;  // of planes: an mma has 8 columns
 constexpr int kPlanes = 8 * kOctets;
-constexpr int kGroup = 128;
+constexpr int kBlock = 128;
+constexpr int kShares = kBlock / kGroupSize;  // groups of a block
 
 // Two's complement makes each lane's sum large and the four lanes' sum small: float32 would lose 3
 // bits in that cancellation (1.4e-6 measured), so float32 x adds up in float64.
@@ -32,28 +36,30 @@ struct SumOf<Float> {
 using Sum = SumOf<X>::type;
 
 // planes [k / 128, M, kOctets, 32]: what lane (g, t) needs, word t of plane 8 h + g.
-// groups [k / 128, M]: {unit, sum of x, what is left of it}. One warp a group and row.
+// groups [k / 128, M, kShares]: {unit, sum of x, what is left of it}. One warp a block and row.
 ONEBIT_KERNEL __launch_bounds__(128) planes(const __grid_constant__ ProductArgs p) {
-  let_next_start();
+  wait_for_previous();
+  let_next_start();  // after the wait: what precedes this kernel may write the weights
   const int lane = threadIdx.x & 31;
   const uint32_t item = blockIdx.x * 4 + (threadIdx.x >> 5);
-  const uint32_t group = item / M, m = item % M;
-  if (group >= p.k / kGroup) return;
-  const X* x = static_cast<const X*>(p.x) + int64_t(m) * p.k + group * kGroup;
+  const uint32_t block = item / M, m = item % M;
+  if (block >= p.k / kBlock) return;
+  const X* x = static_cast<const X*>(p.x) + int64_t(m) * p.k + block * kBlock;
   float value[4], top = 0;
-  Sum sum = 0;
+  Sum sum[kShares] = {};
   bool finite = true;
   ONEBIT_UNROLL
   for (int i = 0; i < 4; i++) {
     value[i] = to_float(x[i * 32 + lane]);
     top = fmaxf(top, fabsf(value[i]));
     finite = finite && isfinite(value[i]);
-    sum += value[i];
+    sum[i / kGroupWords] += value[i];
   }
   ONEBIT_UNROLL
   for (int d = 16; d; d >>= 1) {
     top = fmaxf(top, __shfl_xor_sync(kAll, top, d));
-    sum += __shfl_xor_sync(kAll, sum, d);
+    ONEBIT_UNROLL
+    for (int s = 0; s < kShares; s++) sum[s] += __shfl_xor_sync(kAll, sum[s], d);
   }
   const int e = max(int(__float_as_uint(top) >> 23) - 126, -90);  // top < 2^e
   const int shift = min(kPlanes - 1 - e, 120);
@@ -75,11 +81,13 @@ ONEBIT_KERNEL __launch_bounds__(128) planes(const __grid_constant__ ProductArgs 
   }
   ONEBIT_UNROLL
   for (int h = 0; h < kOctets; h++) p.planes[(item * kOctets + h) * 32 + lane] = mine[h];
-  const bool good = __all_sync(kAll, finite) && inexact <= kGroup / 2;
-  if (lane == 0) {
-    const float rounded = float(sum);
-    reinterpret_cast<float4*>(p.groups)[item] =
-        make_float4(good ? down : nan_value(), rounded, isfinite(rounded) ? sum - rounded : 0, 0);
+  const bool good = __all_sync(kAll, finite) && inexact <= kBlock / 2;
+  ONEBIT_UNROLL
+  for (int s = 0; s < kShares; s++) {
+    if (lane != s) continue;
+    const float rounded = float(sum[s]);
+    reinterpret_cast<float4*>(p.groups)[item * kShares + s] = make_float4(
+        good ? down : nan_value(), rounded, isfinite(rounded) ? sum[s] - rounded : 0, 0);
   }
 }
 
@@ -101,17 +109,21 @@ __device__ __forceinline__ Sum chosen_sum(const X* x, uint32_t word) {
 ONEBIT_KERNEL __launch_bounds__(kWarps * 32) b1(const __grid_constant__ ProductArgs p) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const uint32_t row0 = blockIdx.x * 16 * kRowTiles;
-  const uint32_t words = p.k / kWordBits, groups = p.k / kGroup;
+  const uint32_t words = p.k / kWordBits, groups = p.k / kGroupSize;
   const Level* scales = static_cast<const Level*>(p.scales);
   const Level* biases = static_cast<const Level*>(p.biases);
   const float4* info = reinterpret_cast<const float4*>(p.groups);
   const float lane_weight = float(1 << (2 * t));
   const int last_plane = t == 3 ? -512 : 512;  // two's complement: it counts negative
+  uint32_t in_group[kShares];                  // all bits where word t is of this group
+  ONEBIT_UNROLL
+  for (int s = 0; s < kShares; s++) in_group[s] = t / kGroupWords == s ? ~0u : 0u;
   Sum out[kRowTiles][2][M] = {};
-  for (uint32_t block = warp; block < groups / 4; block += kWarps) {
+  // Four blocks at a time.
+  for (uint32_t block = warp * 4; block < p.k / kBlock; block += kWarps * 4) {
     uint32_t word[kRowTiles][2][4];
-    Four<Level> scale[kRowTiles][2];
-    float bias[kRowTiles][2];
+    Four<Level> scale[kRowTiles][2][kShares];
+    Four<Level> bias[kRowTiles][2];
     ONEBIT_UNROLL
     for (int r = 0; r < kRowTiles; r++) {
       ONEBIT_UNROLL
@@ -119,43 +131,54 @@ ONEBIT_KERNEL __launch_bounds__(kWarps * 32) b1(const __grid_constant__ ProductA
         const int64_t n = min(row0 + r * 16 + h * 8 + g, p.n - 1);  // past the end: not stored
         ONEBIT_UNROLL
         for (int q = 0; q < 4; q++) {
-          word[r][h][q] = __ldcs(p.packed + n * words + block * 16 + q * 4 + t);
+          word[r][h][q] = __ldcs(p.packed + n * words + (block + q) * 4 + t);
         }
-        scale[r][h].load(scales + n * groups + block * 4);
-        // lane t takes the bias of group t of the four
-        const int64_t level = n * groups + block * 4 + t;
-        bias[r][h] = kHasBiases ? to_float(biases[level]) : to_float(scales[level]) * -0.5f;
+        ONEBIT_UNROLL
+        for (int s = 0; s < kShares; s++) {
+          scale[r][h][s].load(scales + n * groups + block * kShares + 4 * s);
+        }
+        // lane t takes the biases of block t of the four
+        const Level* mine = (kHasBiases ? biases : scales) + n * groups + (block + t) * kShares;
+        if constexpr (kShares == 4) {
+          bias[r][h].load(mine);
+        } else {
+          bias[r][h].load(mine, kShares);
+        }
       }
     }
-    if (block == uint32_t(warp)) wait_for_previous();  // the planes are ready
-    uint32_t not_planes = 0;                           // one bit per q and m
+    if (block == uint32_t(warp) * 4) wait_for_previous();  // the planes are ready
+    uint32_t not_planes = 0;                               // one bit per q and m
     ONEBIT_UNROLL
     for (int q = 0; q < 4; q++) {
       ONEBIT_UNROLL
       for (int m = 0; m < M; m++) {
-        const uint32_t item = (block * 4 + q) * M + m;
+        const uint32_t item = (block + q) * M + m;
         uint32_t plane[kOctets];
         ONEBIT_UNROLL
         for (int h = 0; h < kOctets; h++) plane[h] = p.planes[(item * kOctets + h) * 32 + lane];
-        const float step = p.groups[4 * item];
+        const float step = p.groups[4 * kShares * item];
         not_planes |= uint32_t(step != step) << (q * M + m);
         const float unit = step == step ? step * lane_weight : 0.0f;
         ONEBIT_UNROLL
-        for (int r = 0; r < kRowTiles; r++) {
-          int count[kOctets][4];
+        for (int s = 0; s < kShares; s++) {
           ONEBIT_UNROLL
-          for (int h = 0; h < kOctets; h++) {
-            bmma(count[h], word[r][0][q], word[r][1][q], plane[h]);
-          }
-          ONEBIT_UNROLL
-          for (int i = 0; i < 2; i++) {
-            const Sum factor = Sum(scale[r][i][q]) * unit;
+          for (int r = 0; r < kRowTiles; r++) {
+            int count[kOctets][4];
             ONEBIT_UNROLL
-            for (int h = 0; h < kOctets; h += 2) {
-              const int sum = count[h][2 * i] + 2 * count[h][2 * i + 1] +
-                              256 * count[h + 1][2 * i] +
-                              (h + 2 == kOctets ? last_plane : 512) * count[h + 1][2 * i + 1];
-              out[r][i][m] += Sum(sum) * (h ? factor * 65536 : factor);
+            for (int h = 0; h < kOctets; h++) {
+              bmma(count[h], word[r][0][q], word[r][1][q], plane[h] & in_group[s]);
+            }
+            ONEBIT_UNROLL
+            for (int i = 0; i < 2; i++) {
+              const int level = q * kShares + s;
+              const Sum factor = Sum(scale[r][i][level / 4][level % 4]) * unit;
+              ONEBIT_UNROLL
+              for (int h = 0; h < kOctets; h += 2) {
+                const int sum = count[h][2 * i] + 2 * count[h][2 * i + 1] +
+                                256 * count[h + 1][2 * i] +
+                                (h + 2 == kOctets ? last_plane : 512) * count[h + 1][2 * i + 1];
+                out[r][i][m] += Sum(sum) * (h ? factor * 65536 : factor);
+              }
             }
           }
         }
@@ -167,14 +190,14 @@ ONEBIT_KERNEL __launch_bounds__(kWarps * 32) b1(const __grid_constant__ ProductA
 #pragma unroll 1
         for (int q = 0; q < 4; q++) {
           if ((not_planes >> (q * M + m) & 1) == 0) continue;
-          const uint32_t column = block * 16 + q * 4 + t;
+          const uint32_t column = (block + q) * 4 + t;
           const X* x = static_cast<const X*>(p.x) + int64_t(m) * p.k + column * kWordBits;
           ONEBIT_UNROLL
           for (int r = 0; r < kRowTiles; r++) {
             ONEBIT_UNROLL
             for (int i = 0; i < 2; i++) {
               const int64_t n = min(row0 + r * 16 + i * 8 + g, p.n - 1);
-              out[r][i][m] += Sum(to_float(scales[n * groups + block * 4 + q])) *
+              out[r][i][m] += Sum(to_float(scales[n * groups + column / kGroupWords])) *
                               chosen_sum(x, p.packed[n * words + column]);
             }
           }
@@ -183,12 +206,17 @@ ONEBIT_KERNEL __launch_bounds__(kWarps * 32) b1(const __grid_constant__ ProductA
     }
     ONEBIT_UNROLL
     for (int m = 0; m < M; m++) {
-      const float4 whole = info[(block * 4 + t) * M + m];
-      const Sum sum = Sum(whole.y) + whole.z;
       ONEBIT_UNROLL
-      for (int r = 0; r < kRowTiles; r++) {
+      for (int s = 0; s < kShares; s++) {
+        const float4 whole = info[((block + t) * M + m) * kShares + s];
+        const Sum sum = Sum(whole.y) + whole.z;
         ONEBIT_UNROLL
-        for (int i = 0; i < 2; i++) out[r][i][m] += Sum(bias[r][i]) * sum;
+        for (int r = 0; r < kRowTiles; r++) {
+          ONEBIT_UNROLL
+          for (int i = 0; i < 2; i++) {
+            out[r][i][m] += Sum(bias[r][i][s] * (kHasBiases ? 1.0f : -0.5f)) * sum;
+          }
+        }
       }
     }
   }

@@ -100,13 +100,17 @@ __device__ __forceinline__ Vector<T> load_vector(const T* from) {
   return u.vector;
 }
 template <class T>
-__device__ __forceinline__ void store_vector(T* to, const Vector<T>& vector) {
+__device__ __forceinline__ uint4 raw_of(const Vector<T>& vector) {
   union {
     Vector<T> vector;
     uint4 raw;
   } u;
   u.vector = vector;
-  *reinterpret_cast<uint4*>(to) = u.raw;
+  return u.raw;
+}
+template <class T>
+__device__ __forceinline__ void store_vector(T* to, const Vector<T>& vector) {
+  *reinterpret_cast<uint4*>(to) = raw_of(vector);
 }
 
 // Four neighbouring levels of a row, as they lie in memory: as floats they took 32 registers more.

@@ -8,7 +8,8 @@
 //   mean      mean    0             mean -+ mean|v - mean|
 //   optimal   0       best cut      means of the values below and above
 //
-// A warp owns a group: lane l holds values l, 32 + l, ... in registers, read once, written once.
+// A warp owns a group, or several: lane l holds values l, 32 + l, ... in registers, read once,
+// written once.
 //   ONEBIT_X      dtype of w, ONEBIT_OUT that of fake-quantized weights and of their gradient
 //   ONEBIT_RULE   a Rule
 //   ONEBIT_HAS_IMPORTANCE
@@ -27,10 +28,18 @@ struct Group {
 };
 #define ONEBIT_EACH(i) ONEBIT_UNROLL for (int i = 0; i < kGroupWords; i++)
 
+constexpr int kTurns =
+    groups_of_warp(kRule, kHasImportance);  // groups of a warp, one after another
+#define ONEBIT_EACH_TURN(turn) ONEBIT_UNROLL for (int turn = 0; turn < kTurns; turn++)
+
 // --- A group in memory ---
 
-__device__ __forceinline__ int64_t group_of_warp() {
-  return int64_t(blockIdx.x) * kGroupWarps + (threadIdx.x >> 5);
+// Past the end the last group is done again, and the same is written: a block's warps wait for each
+// other.
+template <int turns = 1>
+__device__ __forceinline__ int64_t group_of_warp(const GroupArgs& p, int turn = 0) {
+  const int64_t warp = int64_t(blockIdx.x) * kGroupWarps + (threadIdx.x >> 5);
+  return min(warp * turns + turn, p.groups - 1);
 }
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 
@@ -111,50 +120,41 @@ __device__ __forceinline__ Extremes extremes_of(const Group& value) {
 
 // --- Where to cut a group in two, as csrc/cpu/best_cut-inl.h does: sorted, then every cut ---
 
-// Bitonic: 15, 21 or 28 compare-exchanges of every value. Weights follow their values.
+// Orders floats as integers, and back: nothing is lost, neither a NaN nor the sign of a zero.
+__device__ __forceinline__ int sort_key(int bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
+
+// Bitonic: 15, 21 or 28 compare-exchanges of every value, most of them within a lane: lane l holds
+// values kGroupWords * l + i of the sorted group. Weights follow their values.
 __device__ __forceinline__ void sort_group(Group& value, Group& weight) {
   const int lane = lane_id();
+  int key[kGroupWords];
+  ONEBIT_EACH(i) key[i] = sort_key(__float_as_int(value[i]));
   ONEBIT_UNROLL
   for (int block = 2; block <= kGroupSize; block *= 2) {
     ONEBIT_UNROLL
     for (int stride = block / 2; stride > 0; stride /= 2) {
-      const Group values = value, weights = weight;
+      int others[kGroupWords];
+      Group weights = weight;
       ONEBIT_EACH(i) {
-        const int at = i * 32 + lane;
-        const bool keeps_less = ((at & stride) == 0) == ((at & block) == 0);
-        const auto across = [&](const Group& g) {
-          if (stride < 32) return __shfl_xor_sync(kAll, g[i], stride);
-          return g[i ^ (stride / 32)];
-        };
-        const float other = across(values);
-        // Both sides decide alike, so that neither a NaN nor one of two equal values is lost.
-        const bool swaps = keeps_less ? other < values[i] : values[i] < other;
-        value[i] = swaps ? other : values[i];
-        if (kHasImportance) {
-          const float other_weight = across(weights);
-          weight[i] = swaps ? other_weight : weights[i];
+        const bool near = stride < kGroupWords;
+        others[i] = near ? key[i ^ stride] : __shfl_xor_sync(kAll, key[i], stride / kGroupWords);
+        if constexpr (kHasImportance) {
+          weights[i] =
+              near ? weight[i ^ stride] : __shfl_xor_sync(kAll, weight[i], stride / kGroupWords);
         }
+      }
+      ONEBIT_EACH(i) {
+        const int at = kGroupWords * lane + i;
+        const bool keeps_less = ((at & stride) == 0) == ((at & block) == 0);
+        if constexpr (kHasImportance) {  // both sides decide alike
+          const bool swaps = keeps_less ? others[i] < key[i] : key[i] < others[i];
+          weight[i] = swaps ? weights[i] : weight[i];
+        }
+        key[i] = keeps_less ? min(key[i], others[i]) : max(key[i], others[i]);
       }
     }
   }
-}
-
-// Sums of the sorted group up to each value. One value after the other, as the CPU adds: a scan in
-// five steps rounds otherwise, and of cuts that are nearly equal would choose another.
-struct Running {
-  Group upto;
-  float total;
-};
-__device__ __forceinline__ Running running_sum(const Group& term) {
-  Running sum = {all(0.0f), 0.0f};
-  ONEBIT_EACH(i) {
-#pragma unroll 8  // in full, a rule compiles for 18 s
-    for (int l = 0; l < 32; l++) {
-      sum.total += __shfl_sync(kAll, term[i], l);
-      sum.upto[i] = l == lane_id() ? sum.total : sum.upto[i];
-    }
-  }
-  return sum;
+  ONEBIT_EACH(i) value[i] = __int_as_float(sort_key(key[i]));
 }
 
 // bit = value > threshold; low and high are the means of the two sides.
@@ -162,51 +162,108 @@ struct Cut {
   float threshold, low, high;
 };
 
-// The cut with the least squared error. With the mean taken away the sides sum to s and -s, and the
-// error falls by s^2 (1 / mass_low + 1 / mass_high): one running sum decides.
-__device__ __forceinline__ Cut best_cut(Group value, Group weight) {
-  sort_group(value, weight);
-  Running mass = {all(0.0f), float(kGroupSize)};
-  if (kHasImportance) mass = running_sum(weight);
-  const float total = mass.total;
-  Group term;
-  ONEBIT_EACH(i) term[i] = value[i] * weight[i];
-  const float mean = running_sum(term).total / total;
-  ONEBIT_EACH(i) term[i] = (value[i] - mean) * weight[i];
-  const Group below = running_sum(term).upto;
-  Group score;
-  ONEBIT_EACH(i) {
-    const int at = i * 32 + lane_id();
-    const float square = below[i] * below[i];
-    if (kHasImportance) {
-      // No cut leaves a side without importance: its sum is rounding, divided by 0. (When it is the
-      // lower one, 0 / 0: NaN is never better.)
-      const float rest = total - mass.upto[i];
-      score[i] = rest > 0 ? square / (mass.upto[i] * rest) : nan_value();
-    } else {
-      score[i] = square * (1.0f / (float(at + 1) * float(kGroupSize - 1 - at)));
-    }
-    if (at == kGroupSize - 1) score[i] = nan_value();  // not a cut
+// A sorted group is summed by one lane, value after value, as the CPU adds: a scan in five steps
+// rounds otherwise, and of cuts that are nearly equal would choose another. One warp sums the
+// groups of all, a lane each; the pitch keeps lanes out of each other's banks.
+constexpr int kPitch = kGroupSize + 1;
+constexpr int kCuts = kGroupWarps * kTurns;
+struct Sorted {
+  float value[kCuts][kPitch];
+  float weight[kHasImportance ? kCuts : 1][kPitch];
+  float below[kCuts][kPitch];                      // running sum of value - mean
+  float mass[kHasImportance ? kCuts : 1][kPitch];  // running sum of weight
+  float total[kCuts];
+  Cut cut[kCuts];
+
+  __device__ __forceinline__ float weight_of(int g, int i) const {
+    return kHasImportance ? weight[kHasImportance ? g : 0][i] : 1.0f;
   }
-  Cut cut;
-  cut.threshold = value_at(value, first_extreme(score, false));
+
+  __device__ __forceinline__ void sum_up(int g) {
+    float sum = 0, all_mass = 0;
+#pragma unroll 8
+    for (int i = 0; i < kGroupSize; i++) {
+      sum += value[g][i] * weight_of(g, i);
+      all_mass += weight_of(g, i);
+    }
+    const float mean = sum / all_mass;
+    float running = 0, running_mass = 0;
+#pragma unroll 8
+    for (int i = 0; i < kGroupSize; i++) {
+      running += (value[g][i] - mean) * weight_of(g, i);
+      below[g][i] = running;
+      if constexpr (kHasImportance) {
+        running_mass += weight_of(g, i);
+        mass[g][i] = running_mass;
+      }
+    }
+    total[g] = all_mass;
+  }
 
   // Means are taken from the outermost value on: a side of equal values keeps them exactly, so
   // weights that are already binary lose nothing.
-  const float lowest = value_at(value, 0), highest = value_at(value, kGroupSize - 1);
-  Group above, under, in_high;
-  ONEBIT_EACH(i) {
-    in_high[i] = value[i] > cut.threshold ? weight[i] : 0.0f;
-    above[i] = (value[i] - lowest) * (weight[i] - in_high[i]);
-    under[i] = (highest - value[i]) * in_high[i];
+  __device__ __forceinline__ void average_sides(int g) {
+    const float threshold = cut[g].threshold;
+    const float lowest = value[g][0], highest = value[g][kGroupSize - 1];
+    float above = 0, under = 0, high_mass = 0;
+#pragma unroll 8
+    for (int i = 0; i < kGroupSize; i++) {
+      const float v = value[g][i], w = weight_of(g, i), high = v > threshold ? w : 0.0f;
+      above += (v - lowest) * (w - high);
+      under += (highest - v) * high;
+      high_mass += high;
+    }
+    const float low_mass = total[g] - high_mass;
+    const float low = lowest + above / low_mass, high = highest - under / high_mass;
+    // A side without importance takes the other's level.
+    cut[g].low = low_mass > 0 ? low : high;
+    cut[g].high = high_mass > 0 ? high : low;
   }
-  const float high_mass = running_sum(in_high).total, low_mass = total - high_mass;
-  const float low = lowest + running_sum(above).total / low_mass;
-  const float high = highest - running_sum(under).total / high_mass;
-  // A side without importance takes the other's level.
-  cut.low = low_mass > 0 ? low : high;
-  cut.high = high_mass > 0 ? high : low;
-  return cut;
+};
+
+// The cut with the least squared error. With the mean taken away the sides sum to s and -s, and the
+// error falls by s^2 (1 / mass_low + 1 / mass_high): one running sum decides. Called by every warp
+// of the block.
+__device__ __forceinline__ void best_cuts(const Group (&values)[kTurns],
+                                          const Group (&weights)[kTurns],
+                                          Cut (&cuts)[kTurns]) {
+  __shared__ Sorted sorted;
+  const int lane = lane_id(), first = (threadIdx.x >> 5) * kTurns;
+  ONEBIT_EACH_TURN(turn) {
+    Group value = values[turn], weight = weights[turn];
+    sort_group(value, weight);
+    ONEBIT_EACH(i) {
+      sorted.value[first + turn][kGroupWords * lane + i] = value[i];
+      if constexpr (kHasImportance) sorted.weight[first + turn][kGroupWords * lane + i] = weight[i];
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x < kCuts) sorted.sum_up(threadIdx.x);
+  __syncthreads();
+#pragma unroll 1
+  for (int turn = 0; turn < kTurns; turn++) {
+    const int g = first + turn;
+    Group score;
+    ONEBIT_EACH(i) {
+      const int at = i * 32 + lane;
+      const float below = sorted.below[g][at], square = below * below;
+      if constexpr (kHasImportance) {
+        // No cut leaves a side without importance: its sum is rounding, divided by 0. (When it is
+        // the lower one, 0 / 0: NaN is never better.)
+        const float mass = sorted.mass[g][at], rest = sorted.total[g] - mass;
+        score[i] = rest > 0 ? square / (mass * rest) : nan_value();
+      } else {
+        score[i] = square * (1.0f / (float(at + 1) * float(kGroupSize - 1 - at)));
+      }
+      if (at == kGroupSize - 1) score[i] = nan_value();  // not a cut
+    }
+    const int best = first_extreme(score, false);
+    if (lane == 0) sorted.cut[g].threshold = sorted.value[g][best];
+  }
+  __syncthreads();
+  if (threadIdx.x < kCuts) sorted.average_sides(threadIdx.x);
+  __syncthreads();
+  ONEBIT_EACH_TURN(turn) cuts[turn] = sorted.cut[first + turn];
 }
 
 // --- Levels by rule ---
@@ -218,28 +275,35 @@ __device__ __forceinline__ bool bit_of(const TwoLevels& levels, float value) {
   return value - levels.origin > levels.threshold;
 }
 
-__device__ __forceinline__ TwoLevels levels_of(const Group& value, const Group& weight) {
-  TwoLevels levels = {0, 0, 0, 0};
-  if constexpr (kRule == Rule::kMinMax) {
-    const Extremes at = extremes_of(value);
-    levels.low = levels.origin = value_at(value, at.least);
-    levels.high = value_at(value, at.greatest);
-    levels.threshold = (levels.high - levels.low) * 0.5f;
-  } else if constexpr (kRule == Rule::kOptimal) {
-    const Cut cut = best_cut(value, weight);
-    levels.threshold = cut.threshold;
-    levels.low = cut.low;
-    levels.high = cut.high;
+// Of the groups of a warp. Called by every warp of the block.
+__device__ __forceinline__ void levels_of(const Group (&values)[kTurns],
+                                          const Group (&weights)[kTurns],
+                                          TwoLevels (&found)[kTurns]) {
+  if constexpr (kRule == Rule::kOptimal) {
+    Cut cuts[kTurns];
+    best_cuts(values, weights, cuts);
+    ONEBIT_EACH_TURN(turn) {
+      found[turn] = {0, cuts[turn].threshold, cuts[turn].low, cuts[turn].high};
+    }
   } else {
-    const float mass = kHasImportance ? group_sum(weight) : float(kGroupSize);
-    if (kRule == Rule::kMean) levels.origin = group_sum(value) / mass;
-    Group term;
-    ONEBIT_EACH(i) term[i] = weight[i] * fabsf(value[i] - levels.origin);
-    const float deviation = group_sum(term) / mass;
-    levels.low = kRule == Rule::kMean ? levels.origin - deviation : -deviation;
-    levels.high = levels.origin + deviation;
+    const Group &value = values[0], &weight = weights[0];
+    TwoLevels levels = {0, 0, 0, 0};
+    if constexpr (kRule == Rule::kMinMax) {
+      const Extremes at = extremes_of(value);
+      levels.low = levels.origin = value_at(value, at.least);
+      levels.high = value_at(value, at.greatest);
+      levels.threshold = (levels.high - levels.low) * 0.5f;
+    } else {
+      const float mass = kHasImportance ? group_sum(weight) : float(kGroupSize);
+      if (kRule == Rule::kMean) levels.origin = group_sum(value) / mass;
+      Group term;
+      ONEBIT_EACH(i) term[i] = weight[i] * fabsf(value[i] - levels.origin);
+      const float deviation = group_sum(term) / mass;
+      levels.low = kRule == Rule::kMean ? levels.origin - deviation : -deviation;
+      levels.high = levels.origin + deviation;
+    }
+    found[0] = levels;
   }
-  return levels;
 }
 
 // grad, and what flows to the weights through the levels.
@@ -280,46 +344,69 @@ __device__ __forceinline__ Group through_levels(const Group& value,
 
 ONEBIT_KERNEL __launch_bounds__(kGroupWarps * 32)
     quantize_levels(const __grid_constant__ GroupArgs p) {
-  const int64_t group = group_of_warp();
-  if (group >= p.groups) return;
-  const Group value = read_group<W>(p.w, group);
-  Group weight = all(1.0f);
-  if constexpr (kHasImportance) {
-    const Group given = read_group<Float>(p.importance, group % p.period);
-    // A group that matters to nobody is cut as if all its values mattered.
-    if (group_sum(given) > 0) weight = given;
+  Group value[kTurns], weight[kTurns];
+  ONEBIT_EACH_TURN(turn) {
+    const int64_t group = group_of_warp<kTurns>(p, turn);
+    value[turn] = read_group<W>(p.w, group);
+    weight[turn] = all(1.0f);
+    if constexpr (kHasImportance) {
+      const Group given = read_group<Float>(p.importance, group % p.period);
+      // A group that matters to nobody is cut as if all its values mattered.
+      if (group_sum(given) > 0) weight[turn] = given;
+    }
   }
-  const TwoLevels levels = levels_of(value, weight);
-  ONEBIT_EACH(i) {
-    const uint32_t bits = __ballot_sync(kAll, bit_of(levels, value[i]));
-    if (lane_id() == 0) p.packed[group * kGroupWords + i] = bits;
-  }
-  if (lane_id() == 0) {
-    static_cast<W*>(p.first)[group] = from_float<W>(levels.high - levels.low);
-    static_cast<W*>(p.second)[group] = from_float<W>(levels.low);
+  TwoLevels levels[kTurns];
+  levels_of(value, weight, levels);
+  ONEBIT_EACH_TURN(turn) {
+    const int64_t group = group_of_warp<kTurns>(p, turn);
+    ONEBIT_EACH(i) {
+      const uint32_t bits = __ballot_sync(kAll, bit_of(levels[turn], value[turn][i]));
+      if (lane_id() == 0) p.packed[group * kGroupWords + i] = bits;
+    }
+    if (lane_id() == 0) {
+      static_cast<W*>(p.first)[group] = from_float<W>(levels[turn].high - levels[turn].low);
+      static_cast<W*>(p.second)[group] = from_float<W>(levels[turn].low);
+    }
   }
 }
 
+// The groups of a warp, and their levels.
+struct Leveled {
+  Group value[kTurns];
+  TwoLevels levels[kTurns];
+
+  __device__ __forceinline__ explicit Leveled(const GroupArgs& p) {
+    Group weight[kTurns];
+    ONEBIT_EACH_TURN(turn) {
+      value[turn] = read_group<W>(p.w, group_of_warp<kTurns>(p, turn));
+      weight[turn] = all(1.0f);
+    }
+    levels_of(value, weight, levels);
+  }
+};
+
 ONEBIT_KERNEL __launch_bounds__(kGroupWarps * 32)
     fake_quantize(const __grid_constant__ GroupArgs p) {
-  const int64_t group = group_of_warp();
-  if (group >= p.groups) return;
-  Group value = read_group<W>(p.w, group);
-  const TwoLevels levels = levels_of(value, all(1.0f));
-  // As dequantize adds: a zero loses its sign.
-  const float low = 0.0f + levels.low, high = 0.0f + levels.high;
-  ONEBIT_EACH(i) value[i] = bit_of(levels, value[i]) ? high : low;
-  write_group<Other>(p.out, group, value);
+  const Leveled groups(p);
+  ONEBIT_EACH_TURN(turn) {
+    const TwoLevels& levels = groups.levels[turn];
+    // As dequantize adds: a zero loses its sign.
+    const float low = 0.0f + levels.low, high = 0.0f + levels.high;
+    Group value;
+    ONEBIT_EACH(i) value[i] = bit_of(levels, groups.value[turn][i]) ? high : low;
+    write_group<Other>(p.out, group_of_warp<kTurns>(p, turn), value);
+  }
 }
 
 // grad_w = grad + (d levels / d w)^T grad: straight through for the bit, exact for the levels.
 ONEBIT_KERNEL __launch_bounds__(kGroupWarps * 32)
     fake_quantize_backward(const __grid_constant__ GroupArgs p) {
-  const int64_t group = group_of_warp();
-  if (group >= p.groups) return;
-  const Group value = read_group<W>(p.w, group);
-  const TwoLevels levels = levels_of(value, all(1.0f));
-  write_group<W>(p.out, group, through_levels(value, levels, read_group<Other>(p.grad, group)));
+  const Leveled groups(p);
+  ONEBIT_EACH_TURN(turn) {
+    const int64_t group = group_of_warp<kTurns>(p, turn);
+    const Group grad = read_group<Other>(p.grad, group);
+    write_group<W>(p.out, group, through_levels(groups.value[turn], groups.levels[turn], grad));
+  }
 }
 
 // --- Free levels: w_hat = scale * bit + bias, each weight takes the nearer ---
@@ -332,8 +419,7 @@ __device__ __forceinline__ bool nearer_high(float value, float scale, float bias
 
 ONEBIT_KERNEL __launch_bounds__(kGroupWarps * 32)
     fake_quantize_affine(const __grid_constant__ GroupArgs p) {
-  const int64_t group = group_of_warp();
-  if (group >= p.groups) return;
+  const int64_t group = group_of_warp(p);
   const float scale = to_float(static_cast<const Level*>(p.scales)[group]);
   const float bias = to_float(static_cast<const Level*>(p.biases)[group]);
   const float low = 0.0f + bias, high = low + scale;
@@ -345,8 +431,7 @@ ONEBIT_KERNEL __launch_bounds__(kGroupWarps * 32)
 // grad_scale is the sum of grad where the bit is 1, grad_bias all of it.
 ONEBIT_KERNEL __launch_bounds__(kGroupWarps * 32)
     fake_quantize_affine_backward(const __grid_constant__ GroupArgs p) {
-  const int64_t group = group_of_warp();
-  if (group >= p.groups) return;
+  const int64_t group = group_of_warp(p);
   const float scale = to_float(static_cast<const Level*>(p.scales)[group]);
   const float bias = to_float(static_cast<const Level*>(p.biases)[group]);
   const Group value = read_group<W>(p.w, group);

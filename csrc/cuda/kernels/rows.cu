@@ -3,47 +3,97 @@
 #include "common.cuh"
 
 // --- quantize: scale = max - min, bias = min, bit = value - bias > scale / 2 ---
-// A group lies in kLanes neighbouring lanes. A thread works on kChunks groups' shares, all loaded
-// before the first is used: one load in flight left half of the bandwidth unused.
+// A group lies in kLanes neighbouring lanes. A thread works on kQuantizeChunks groups' shares, all
+// loaded before the first is used: one load in flight left half of the bandwidth unused.
 
 using W = ONEBIT_X;
 constexpr int kValues = Vector<W>::kCount;
 constexpr int kLanesOfGroup = kGroupSize / kValues;
-constexpr int kChunks = 4;
 
-ONEBIT_KERNEL __launch_bounds__(kBlockThreads) quantize(const __grid_constant__ QuantizeArgs p) {
+// 16 bytes as they lie in memory: as values of 16 bits they took twice the instructions.
+struct Raw {
+  uint32_t words[4];
+
+  __device__ __forceinline__ void load(const W* from) {
+    const uint4 v = *reinterpret_cast<const uint4*>(from);
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+  }
+  __device__ __forceinline__ float operator[](int i) const {
+    if constexpr (sizeof(W) == 4) return __uint_as_float(words[i]);
+    const uint32_t word = words[i / 2];
+    if constexpr (kSame<W, Half>) return to_float(Half{uint16_t(i & 1 ? word >> 16 : word)});
+    return __uint_as_float(i & 1 ? word & 0xffff0000u : word << 16);
+  }
+};
+
+// The least and the greatest value of a group; NaN loses, and of nothing else there is no least.
+struct Range {
+  float low, high;
+};
+
+// Of two pairs of 16-bit values.
+__device__ __forceinline__ uint32_t least(uint32_t a, uint32_t b) {
+  uint32_t result;
+  if constexpr (kSame<W, Half>) {
+    asm("min.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  } else {
+    asm("min.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  }
+  return result;
+}
+
+__device__ __forceinline__ Range range_of(const Raw& v) {
+  if constexpr (sizeof(W) == 4) {
+    Range range = {__uint_as_float(0x7f800000u), __uint_as_float(0xff800000u)};
+    ONEBIT_UNROLL
+    for (int i = 0; i < 4; i++) {
+      range.low = fminf(range.low, v[i]);
+      range.high = fmaxf(range.high, v[i]);
+    }
+    ONEBIT_UNROLL
+    for (int d = 1; d < kLanesOfGroup; d *= 2) {
+      range.low = fminf(range.low, __shfl_xor_sync(kAll, range.low, d));
+      range.high = fmaxf(range.high, __shfl_xor_sync(kAll, range.high, d));
+    }
+    return range;
+  } else {
+    // Two values at a time, then {low, -high} in one register: half of the exchanges.
+    uint32_t low = kSame<W, Half> ? 0x7c007c00u : 0x7f807f80u, minus_high = low;
+    ONEBIT_UNROLL
+    for (int i = 0; i < 4; i++) {
+      low = least(low, v.words[i]);
+      minus_high = least(minus_high, v.words[i] ^ 0x80008000u);
+    }
+    Raw both = {least(__byte_perm(low, minus_high, 0x5410), __byte_perm(low, minus_high, 0x7632))};
+    ONEBIT_UNROLL
+    for (int d = 1; d < kLanesOfGroup; d *= 2) {
+      both.words[0] = least(both.words[0], __shfl_xor_sync(kAll, both.words[0], d));
+    }
+    return {both[0], -both[1]};
+  }
+}
+
+ONEBIT_KERNEL __launch_bounds__(kBlockThreads, 8) quantize(const __grid_constant__ QuantizeArgs p) {
   const int lane = threadIdx.x & 31;
   const int64_t warp = int64_t(blockIdx.x) * (kBlockThreads / 32) + (threadIdx.x >> 5);
   const int64_t total = p.groups * kLanesOfGroup;  // vectors
   const W* w = static_cast<const W*>(p.w);
-  Vector<W> loaded[kChunks];
+  Raw value[kQuantizeChunks];
   ONEBIT_UNROLL
-  for (int c = 0; c < kChunks; c++) {
-    const int64_t at = (warp * kChunks + c) * 32 + lane;
-    loaded[c] = at < total ? load_vector(w + at * kValues) : Vector<W>{};
+  for (int c = 0; c < kQuantizeChunks; c++) {  // past the end: not stored
+    value[c].load(w + min((warp * kQuantizeChunks + c) * 32 + lane, total - 1) * kValues);
   }
   ONEBIT_UNROLL
-  for (int c = 0; c < kChunks; c++) {
-    if ((warp * kChunks + c) * 32 >= total) return;  // the whole warp
-    const int64_t at = (warp * kChunks + c) * 32 + lane;
-    float value[kValues], low = __uint_as_float(0x7f800000u), high = -low;
-    ONEBIT_UNROLL
-    for (int i = 0; i < kValues; i++) {
-      value[i] = to_float(loaded[c].values[i]);
-      low = fminf(low, value[i]);  // NaN loses
-      high = fmaxf(high, value[i]);
-    }
-    ONEBIT_UNROLL
-    for (int d = 1; d < kLanesOfGroup; d *= 2) {
-      low = fminf(low, __shfl_xor_sync(kAll, low, d));
-      high = fmaxf(high, __shfl_xor_sync(kAll, high, d));
-    }
+  for (int c = 0; c < kQuantizeChunks; c++) {
+    if ((warp * kQuantizeChunks + c) * 32 >= total) return;  // the whole warp
+    const int64_t at = (warp * kQuantizeChunks + c) * 32 + lane;
+    auto [low, high] = range_of(value[c]);
     if (__any_sync(kAll, low == 0)) {  // the first zero of the group decides the sign
       int first = 2 * kGroupSize;      // twice its index, and its sign
       ONEBIT_UNROLL
       for (int i = kValues; i-- > 0;) {
         const int index = lane % kLanesOfGroup * kValues + i;
-        if (value[i] == 0) first = 2 * index + int(__float_as_uint(value[i]) >> 31);
+        if (value[c][i] == 0) first = 2 * index + int(__float_as_uint(value[c][i]) >> 31);
       }
       ONEBIT_UNROLL
       for (int d = 1; d < kLanesOfGroup; d *= 2)
@@ -54,7 +104,11 @@ ONEBIT_KERNEL __launch_bounds__(kBlockThreads) quantize(const __grid_constant__ 
     if (scale < kMinScale) scale = kMinScale;
     uint32_t word = 0;
     ONEBIT_UNROLL
-    for (int i = 0; i < kValues; i++) word |= uint32_t(value[i] - low > 0.5f * scale) << i;
+    for (int i = kValues; i-- > 0;) {
+      // value - low > scale / 2 as a sign, shifted in; the sign of a NaN that is computed is 0.
+      const float rest = 0.5f * scale - (value[c][i] - low);
+      word = __funnelshift_l(__float_as_uint(rest), word, 1);
+    }
     constexpr int kLanesOfWord = kWordBits / kValues;
     word <<= lane % kLanesOfWord * kValues;
     ONEBIT_UNROLL
@@ -105,7 +159,8 @@ ONEBIT_KERNEL __launch_bounds__(kBlockThreads) decode(const __grid_constant__ De
     Vector<Out> out;
     ONEBIT_UNROLL
     for (int i = 0; i < kOutValues; i++) out.values[i] = bits[c] >> i & 1 ? high[c] : low[c];
-    store_vector(to + at * kOutValues, out);
+    // Past the cache, which weights and levels are to stay in (embedding: 14 % faster).
+    __stcs(reinterpret_cast<uint4*>(to + at * kOutValues), raw_of(out));
   }
 }
 
