@@ -89,6 +89,7 @@ struct Columns {
 #endif
 
 ONEBIT_KERNEL ONEBIT_BOUNDS hmma(const __grid_constant__ ProductArgs p) {
+  wait_for_previous();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const uint32_t m_tiles = (p.m + 8 * kTiles - 1) / (8 * kTiles), batch = blockIdx.x / m_tiles;
   const uint32_t row0 = blockIdx.y * 16 * kRowTiles, m0 = blockIdx.x % m_tiles * 8 * kTiles;
@@ -196,12 +197,14 @@ ONEBIT_KERNEL ONEBIT_BOUNDS hmma(const __grid_constant__ ProductArgs p) {
           for (int c = 0; c < kTiles; c++) {
             ONEBIT_UNROLL
             for (int e = 0; e < 2; e++) {
-              float& to = out[r][c][2 * h + e];
+              // Of float32 one sum per group, and then the total: which rounds it once.
+              float of_group = kParts == 3 ? 0.0f : out[r][c][2 * h + e];
               ONEBIT_UNROLL
               for (int w = kSums - 1; w >= 0; w--) {
-                to += of_bits * acc[w][r][c][2 * h + e];
-                if constexpr (kHasBiases) to += of_x * sum[w][c][e];
+                of_group += of_bits * acc[w][r][c][2 * h + e];
+                if constexpr (kHasBiases) of_group += of_x * sum[w][c][e];
               }
+              out[r][c][2 * h + e] = kParts == 3 ? out[r][c][2 * h + e] + of_group : of_group;
             }
           }
         }

@@ -188,6 +188,9 @@ ONEBIT_KERNEL __launch_bounds__(kThreads, 1) wgmma(const __grid_constant__ Wgmma
   // The swizzle counts rows from multiples of 1024 bytes.
   uint8_t* shared = unaligned + (1024 - (shared_address(unaligned) & 1023)) % 1024;
   __shared__ uint64_t full[kStages], empty[kStages];
+  // What precedes this kernel may have written x or the weights; of float32 x, they are done before
+  // the parts of x are.
+  if constexpr (kParts == 1) wait_for_previous();
   const int warpgroup = threadIdx.x / 128;
   const uint32_t m0 = blockIdx.x * kRows, n0 = blockIdx.y * kOutputs;
   const uint32_t first = blockIdx.z * p.steps;
@@ -204,7 +207,7 @@ ONEBIT_KERNEL __launch_bounds__(kThreads, 1) wgmma(const __grid_constant__ Wgmma
   if (warpgroup == kConsumers) {
     if constexpr (kLarge) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (threadIdx.x == kConsumers * 128) {
-      wait_for_previous();  // x as parts is ready
+      if constexpr (kParts == 3) wait_for_previous();  // the parts of x are ready
       for (uint32_t i = 0; i < steps; i++) {
         const uint32_t s = i % kStages;
         if (i >= kStages) barrier_wait(&empty[s], i / kStages - 1 & 1);
@@ -229,7 +232,7 @@ ONEBIT_KERNEL __launch_bounds__(kThreads, 1) wgmma(const __grid_constant__ Wgmma
   float total[kParts == 3 ? kSums : 1] = {};
   Levels next;
   next.load(p, row, first);
-  if constexpr (kParts == 3) wait_for_previous();  // so are its sums
+  if constexpr (kParts == 3) wait_for_previous();  // so are the sums
 
 #pragma unroll 1
   for (uint32_t i = 0; i < steps; i++) {
@@ -318,11 +321,12 @@ ONEBIT_KERNEL __launch_bounds__(kThreads, 1) wgmma(const __grid_constant__ Wgmma
             ONEBIT_UNROLL
             for (int c = 0; c < kSums; c++) {
               const int h = c >> 1 & 1;
+              // One sum per group, and then the total: which rounds it once.
+              float of_group = form[h][j].of_bits * sum[c];
               if constexpr (kHasBiases) {
-                const float x_sum = __ldg(sums + c / 4 * 8 + (c & 1));
-                total[c] += form[h][j].of_x * x_sum;
+                of_group += form[h][j].of_x * __ldg(sums + c / 4 * 8 + (c & 1));
               }
-              total[c] += form[h][j].of_bits * sum[c];
+              total[c] += of_group;
             }
           }
         }
