@@ -26,7 +26,7 @@ elif torch.backends.mps.is_available():
 if torch.cuda.is_available():
     DEVICES.append("cuda")
 else:
-    collect_ignore.append("cuda/test_cuda.py")
+    collect_ignore += ["cuda/test_cuda.py", "cuda/test_cuda_models.py"]
 
 
 def pytest_collection_modifyitems(config, items):
