@@ -1,0 +1,193 @@
+"""Tensor parallelism in two processes: sharded layers compute what whole ones do."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import parallelize_module
+
+import torch_onebit
+from torch_onebit import OneBitEmbedding, OneBitLinear, ops
+
+PROCESSES = 2
+
+
+class Net(nn.Module):
+    def __init__(self, symmetric: bool = False, group_size: int = 32) -> None:
+        super().__init__()
+        form = {"symmetric": symmetric, "group_size": group_size}
+        self.embedding = OneBitEmbedding(20, 128, **form)
+        self.up = OneBitLinear(128, 192, **form)
+        self.down = OneBitLinear(192, 128, **form)
+        self.head = OneBitLinear(128, 20, bias=False, **form)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        return self.head(x + self.down(F.gelu(self.up(x))))
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    from torch_onebit.distributed import ColwiseParallel, RowwiseParallel
+
+    plan = {
+        "embedding": ColwiseParallel(output_layouts=Replicate()),
+        "up": ColwiseParallel(),
+        "down": RowwiseParallel(),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    return parallelize_module(model, dist.init_device_mesh("cpu", (PROCESSES,)), plan)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(20, (3, 5), generator=torch.Generator().manual_seed(1))
+
+
+def same_outputs(**options) -> None:
+    plain = Net(**options)
+    sharded = parallel(copy.deepcopy(plain))
+    with torch.no_grad():
+        torch.testing.assert_close(sharded(tokens()), plain(tokens()))
+    held = sum(b.to_local().numel() for b in sharded.buffers())
+    assert held * PROCESSES == sum(b.numel() for b in plain.buffers())
+
+
+def levels_train() -> None:
+    plain = Net().requires_grad_(False)
+    for layer in (plain.up, plain.down, plain.head):
+        layer.requires_grad_(True)
+    sharded = parallel(copy.deepcopy(plain))
+    for model in (plain, sharded):
+        F.cross_entropy(model(tokens()).flatten(0, 1), tokens().flatten()).backward()
+    gradients = {name: p.grad for name, p in sharded.named_parameters() if p.requires_grad}
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(gradients[name].full_tensor(), parameter.grad)
+
+
+def compiled() -> None:
+    plain = Net()
+    sharded = torch.compile(parallel(copy.deepcopy(plain)), backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(sharded(tokens()), plain(tokens()))
+
+
+def saved_by_two_loaded_by_one(folder: str) -> None:
+    plain = Net()
+    dcp.save(get_model_state_dict(parallel(copy.deepcopy(plain))), checkpoint_id=folder)
+    dist.barrier()
+    loaded = Net()
+    state = get_model_state_dict(loaded)
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    set_model_state_dict(loaded, state)
+    for name, expected in plain.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], expected), name
+
+
+def rules() -> None:
+    """Operators on DTensors placed otherwise than the layers place them."""
+    mesh = dist.init_device_mesh("cpu", (PROCESSES,))
+    put = lambda t, placement: distribute_tensor(t, mesh, [placement])
+    packed, scales, biases = ops.quantize(torch.randn(64, 128), 32)
+    x, back, ids = torch.randn(4, 128), torch.randn(4, 64), torch.randint(64, (6,))
+    cases = {
+        "rows of x": (ops.qmm, (x, packed, scales, biases, 32), (Shard(0), *[Replicate()] * 3)),
+        "x W, outputs": (
+            lambda *a: ops.qmm(*a, transpose=False),
+            (back, packed, scales, biases, 32),
+            (Replicate(), *[Shard(1)] * 3),
+        ),
+        "x W, inputs": (
+            lambda *a: ops.qmm(*a, transpose=False),
+            (back, packed, scales, biases, 32),
+            (Shard(1), *[Shard(0)] * 3),
+        ),
+        "groups that the devices do not divide": (
+            ops.qmm,
+            (x[:, :96], packed[:, :3].contiguous(), scales[:, :3], biases[:, :3], 32),
+            (Replicate(), *[Shard(1)] * 3),
+        ),
+        "indices": (
+            ops.embedding,
+            (ids, packed, scales, biases, 32),
+            (Shard(0), *[Replicate()] * 3),
+        ),
+        "decoded": (ops.dequantize, (packed, scales, biases, 32), [Shard(1)] * 3),
+    }
+    for name, (op, args, placements) in cases.items():
+        spread = [put(a, p) for a, p in zip(args, placements, strict=False)]
+        y = op(*spread, *args[len(placements) :])
+        assert isinstance(y, DTensor)
+        torch.testing.assert_close(y.full_tensor(), op(*args), msg=name)
+
+
+def errors() -> None:
+    from torch_onebit.distributed import ColwiseParallel, RowwiseParallel
+
+    tied = torch_onebit.quantize_(Tied(), group_size=32, progress=False)
+    cases = [
+        (OneBitLinear(96, 64, group_size=32), RowwiseParallel(), ValueError,
+         r"in_features must be a multiple of 64 .* got 96"),
+        (OneBitEmbedding(9, 128, group_size=128), ColwiseParallel(), ValueError,
+         r"embedding_dim must be a multiple of 256 .* got 128"),
+        (OneBitEmbedding(9, 128, group_size=32), RowwiseParallel(), TypeError,
+         "module must be a OneBitLinear"),
+        (nn.Linear(64, 64), ColwiseParallel(), TypeError, "module must be a OneB"),
+        (tied.head, ColwiseParallel(), ValueError, "module must not share its weights"),
+    ]  # fmt: skip
+    mesh = dist.init_device_mesh("cpu", (PROCESSES,))
+    for module, style, kind, words in cases:
+        with pytest.raises(kind, match=words):
+            parallelize_module(module, mesh, style)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, 64), nn.Linear(64, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+CASES = {
+    "outputs": same_outputs,
+    "outputs, symmetric": lambda: same_outputs(symmetric=True),
+    "levels train": levels_train,
+    "compiled": compiled,
+    "placed otherwise": rules,
+    "errors": errors,
+}
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES
+    )
+    cases = {**CASES, "checkpoint": lambda: saved_by_two_loaded_by_one(f"{folder}/saved")}
+    results = {}
+    for name, case in cases.items():
+        torch.manual_seed(0)
+        try:
+            case()
+            results[name] = ""
+        except Exception as error:  # each row reports its own
+            results[name] = f"{type(error).__name__}: {error}"
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel")
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=PROCESSES)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+
+
+@pytest.mark.parametrize("name", [*CASES, "checkpoint"])
+def test_sharded_layers(name, results):
+    assert [of_rank[name] for of_rank in results] == [""] * PROCESSES
