@@ -85,7 +85,7 @@ LEFT = {  # a module whose matrices stay float, and what the report says of them
     "lstm": (lambda: nn.LSTM(32, 32), "nn.LSTM hands its weights to one kernel"),
     "convolution": (lambda: nn.Conv1d(32, 8, 3), "convolutions have no 1-bit form"),
     "bag": (lambda: nn.EmbeddingBag(8, 32), "EmbeddingBag is a class of its own"),
-    "experts": (Experts, "a parameter of 3 dimensions, as of experts"),
+    "experts": (Experts, "a parameter of 3 dimensions"),
     "old weight_norm": (
         lambda: nn.utils.weight_norm(nn.Linear(32, 8)),
         "its weight is computed when it is called",
@@ -136,6 +136,47 @@ def test_words_are_never_taken_for_numbers(what):
     with pytest.raises(Exception, match=message):
         call(layer)
     assert torch.equal(layer.weight, words)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_packed_projection_put_into_attention_raises(grad):
+    """PyTorch reads out_proj.weight: quantize_ leaves it, and by hand it is no silent mistake."""
+    attention = nn.MultiheadAttention(64, 2, batch_first=True).train(grad)
+    attention.out_proj = OneBitLinear.from_linear(attention.out_proj, group_size=32)
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="Float and Int"):
+        attention(SRC, SRC, SRC)
+
+
+def test_batch_norm_is_fused_into_latent_weights_whose_levels_follow():
+    layer = QATLinear(nn.Linear(32, 8), method="mean", group_size=32).eval()
+    norm = nn.BatchNorm1d(8).eval()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(1, 2)
+    x = torch.randn(4, 32)
+    torch.testing.assert_close(fuse_linear_bn_eval(layer, norm)(x), norm(layer(x)))
+
+
+TIED = {  # what stays float: what transformers' tie_weights says
+    "lm_head": "cannot assign 'torch.IntTensor' as parameter 'weight'",
+    "embed_tokens": "weight must be packed words, no Parameter",
+}
+
+
+@pytest.mark.parametrize("stays", TIED)
+def test_words_are_never_tied_to_floats(stays):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = quantize_(transformers.LlamaForCausalLM(config), group_size=32, skip=[stays])
+    with pytest.raises(TypeError, match=TIED[stays]):
+        model.tie_weights()
 
 
 def test_a_head_whose_embedding_stays_says_that_it_is_no_longer_tied():
