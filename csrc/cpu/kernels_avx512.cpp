@@ -7,6 +7,7 @@
 
 #include "float_types.h"
 #include "kernels.h"
+#include "prepacked.h"  // which others include too: its inline functions are for any machine
 #include "scratch.h"
 #include "target.h"
 
