@@ -105,13 +105,15 @@ struct LookupAvx512 : PairsAvx512<kVectors_ / 2> {
       ONEBIT_UNROLL
       for (int r = 0; r < kVectors; ++r) v[r][i] = _mm512_setzero_si512();
       const int count = rows - 32 * i < 32 ? rows - 32 * i : 32;
-      const auto* p = reinterpret_cast<const uint16_t*>(w + 32 * i * stride) + column / 16;
+      const char* p = reinterpret_cast<const char*>(w + 32 * i * stride) + column / 8;
       __m512i bit = _mm512_set1_epi32(1);
       ONEBIT_NO_UNROLL
-      for (int j = 0; j < count; ++j, p += 2 * stride) {
+      for (int j = 0; j < count; ++j, p += 4 * stride) {
         ONEBIT_UNROLL
         for (int r = 0; r < kVectors; ++r) {
-          v[r][i] = _mm512_mask_or_epi32(v[r][i], p[r], v[r][i], bit);
+          __mmask16 lanes;
+          std::memcpy(&lanes, p + 2 * r, sizeof lanes);
+          v[r][i] = _mm512_mask_or_epi32(v[r][i], lanes, v[r][i], bit);
         }
         bit = _mm512_add_epi32(bit, bit);
       }
