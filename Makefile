@@ -77,7 +77,7 @@ asan-extension: $(VENV)/.installed
 	CFLAGS="$(ASAN) $(EMULATE)" LDFLAGS="-fsanitize=address" \
 	  $(BIN)/python setup.py --quiet build --build-temp build/asan --build-lib build/asan/lib
 	cd tests && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=$(CURDIR)/build/asan/lib $(PYTHON_HERE) -m fuzz all --seconds $(SECONDS)
+	  PYTHONPATH=$(CURDIR)/build/asan/lib $(PYTHON_HERE) $(FUZZ)
 
 # The AVX-512 tables on machines without: their intrinsics lane by lane, tests/cpp/avx512_emulated.h.
 EMULATED := csrc/cpu/kernels_avx512.cpp csrc/cpu/levels_avx512.cpp
@@ -100,16 +100,18 @@ test-arm: $(KERNELS)
 	aarch64-linux-gnu-g++ $(KERNEL_FLAGS) -O2 $(KERNELS) -o build/test_kernels_arm
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/test_kernels_arm
 
-# Random calls and sequences of module calls; and mixed calls from eight threads while memory must
-# stay flat. A failure prints the command that repeats it.
+# Random calls and sequences of module calls, from case FIRST on, or, without it, a random one; and
+# mixed calls from eight threads while memory must stay flat. A failure prints the command that
+# repeats it.
+FUZZ := -m fuzz all --seconds $(SECONDS) $(if $(FIRST),--first $(FIRST))
 fuzz: build
-	cd tests && $(PYTHON_HERE) -m fuzz all --seconds $(SECONDS)
+	cd tests && $(PYTHON_HERE) $(FUZZ)
 
 # The same with the AVX-512 tables emulated, and with them prepacked layers, where there are none.
 fuzz-emulated: $(VENV)/.installed
 	CFLAGS="$(EMULATE)" \
 	  $(BIN)/python setup.py --quiet build --build-temp build/emulated --build-lib build/emulated/lib
-	cd tests && PYTHONPATH=$(CURDIR)/build/emulated/lib $(PYTHON_HERE) -m fuzz all --seconds $(SECONDS)
+	cd tests && PYTHONPATH=$(CURDIR)/build/emulated/lib $(PYTHON_HERE) $(FUZZ)
 
 soak: build
 	cd tests && $(PYTHON_HERE) soak.py --seconds $(SECONDS)

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from structured import Case, errors, is_prepackable
+from helpers import relative_error, to_numpy
+from structured import BITS, Case, X, errors, is_prepackable, pack
+
+from torch_onebit import ops
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 
@@ -63,3 +66,30 @@ def test_rule_holds_for_prepacked_weights(case, why):
     if is_prepackable(case):
         error, plain, allowed = errors(case, prepacked=True)
         assert error <= allowed, f"torch {plain}"
+
+
+# Activations, gradient of the product, bits.
+GRADIENTS = [
+    ("ones", "near 1", "random", "common roundings"),
+    ("sorted", "outliers among positives", "all set", "sums that cancel, rows that do not"),
+    ("alternating", "sorted", "one clear elsewhere", "both cancel"),
+    ("outliers of 16.0", "random", "random, clear at outliers", "outliers the bits leave out"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, BRAIN])
+@pytest.mark.parametrize("x, grad, bits, why", GRADIENTS, ids=[row[-1] for row in GRADIENTS])
+def test_rule_holds_for_gradients_of_levels(x, grad, bits, why, dtype, isa):
+    m, n, k, group = 33, 96, 256, 64
+    x, grad = X[x](m, k, group, 5).to(dtype), X[grad](m, n, group, 5).to(dtype)
+    bits = BITS[bits](n, k, group, 5)
+    levels = torch.rand(2, n, k // group).to(dtype).requires_grad_()
+    scales, biases = levels.repeat_interleave(group, -1)
+    (x @ (scales * bits + biases).T).backward(grad)
+    dw = (grad.double().T @ x.double()).view(n, -1, group)
+    expected = (dw * bits.view_as(dw)).sum(-1), dw.sum(-1)
+    got = ops.affine_grad(grad, x, pack(bits), group_size=group)
+    for ours, theirs, exact in zip(got, levels.grad, expected, strict=True):
+        error = relative_error(ours.to(dtype), to_numpy(exact))
+        plain = relative_error(theirs, to_numpy(exact))
+        assert error <= 2 * max(plain, torch.finfo(dtype).eps / 2), why
