@@ -303,4 +303,4 @@ def test_group_size_has_one_default(language):
         if default is not None:
             found += 1
             assert default == 128, name
-    assert found >= 7
+    assert found >= 10

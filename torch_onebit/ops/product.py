@@ -206,7 +206,7 @@ def _qmm(
     packed: Tensor,
     scales: Tensor,
     biases: Tensor | None,
-    group_size: int,
+    group_size: int = 128,
     transpose: bool = True,
 ) -> tuple[Tensor, int]:
     x_dim, *weight_dims = in_dims[:4]
@@ -269,7 +269,7 @@ def _gather_qmm(
     biases: Tensor | None,
     lhs_indices: Tensor | None,
     rhs_indices: Tensor | None,
-    group_size: int,
+    group_size: int = 128,
     transpose: bool = True,
     sorted_indices: bool = False,
 ) -> tuple[Tensor, int]:
@@ -299,7 +299,7 @@ def _affine_grad(
     packed: Tensor,
     lhs_indices: Tensor | None,
     rhs_indices: Tensor | None,
-    group_size: int,
+    group_size: int = 128,
     transpose: bool = True,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     grad, x, packed = stack_all(info.batch_size, [grad, x, packed], list(in_dims[:3]))

@@ -13,15 +13,15 @@
 
 TORCH_LIBRARY_FRAGMENT(onebit, m) {
   m.def(
-      "qmm(Tensor x, Tensor packed, Tensor scales, Tensor? biases, int group_size, "
+      "qmm(Tensor x, Tensor packed, Tensor scales, Tensor? biases, int group_size=128, "
       "bool transpose=True) -> Tensor");
   m.def(
       "gather_qmm(Tensor x, Tensor packed, Tensor scales, Tensor? biases, Tensor? lhs_indices, "
-      "Tensor? rhs_indices, int group_size, bool transpose=True, bool sorted_indices=False) -> "
+      "Tensor? rhs_indices, int group_size=128, bool transpose=True, bool sorted_indices=False) -> "
       "Tensor");
   // Weights in the order in which the kernels of a device read them, and back (biases are empty
   // where there were none); the product with them.
-  m.def("prepack(Tensor packed, Tensor scales, Tensor? biases, int group_size) -> Tensor");
+  m.def("prepack(Tensor packed, Tensor scales, Tensor? biases, int group_size=128) -> Tensor");
   m.def(
       "unprepack(Tensor prepacked, int rows, int columns, int group_size, ScalarType dtype, "
       "bool symmetric) -> (Tensor packed, Tensor scales, Tensor biases)");
@@ -30,7 +30,7 @@ TORCH_LIBRARY_FRAGMENT(onebit, m) {
       "ScalarType dtype, bool symmetric) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor packed, Tensor scales, Tensor? biases, Tensor? bias, "
-      "int group_size) -> Tensor");
+      "int group_size=128) -> Tensor");
   m.def(
       "linear_prepacked(Tensor x, Tensor prepacked, Tensor? bias, int rows, int columns, "
       "int group_size, ScalarType dtype, bool symmetric) -> Tensor");
@@ -38,7 +38,7 @@ TORCH_LIBRARY_FRAGMENT(onebit, m) {
   // product with transpose flipped.
   m.def(
       "affine_grad(Tensor grad, Tensor x, Tensor packed, Tensor? lhs_indices, Tensor? rhs_indices, "
-      "int group_size, bool transpose=True) -> (Tensor grad_scales, Tensor grad_biases)");
+      "int group_size=128, bool transpose=True) -> (Tensor grad_scales, Tensor grad_biases)");
 }
 
 namespace onebit {
