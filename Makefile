@@ -39,8 +39,7 @@ check-cuda:
 # The CPU kernels alone, without torch: every table of this machine against the scalar one, buffers
 # ending at pages that may not be touched. The same under the sanitizers, and for 64-bit ARM in an
 # emulator (Debian: g++-aarch64-linux-gnu qemu-user).
-KERNELS := $(wildcard csrc/cpu/kernels*.cpp csrc/cpu/levels_*.cpp) \
-  csrc/cpu/scratch.cpp $(wildcard tests/cpp/*.cpp)
+KERNELS := $(wildcard csrc/cpu/kernels/*.cpp csrc/cpu/kernels/*/*.cpp tests/cpp/*.cpp)
 KERNEL_FLAGS := -std=c++17 -Wall -Wextra -pthread
 # AVX-512 is emulated where the machine has none: its tables are sanitised everywhere. Without
 # optimisation, which would take minutes for the emulation.
@@ -53,7 +52,7 @@ TSAN := -O1 -g -fsanitize=thread
 test-kernels: build/test_kernels
 	build/test_kernels
 
-build/test_kernels: $(KERNELS) $(wildcard csrc/cpu/*.h csrc/*.h tests/cpp/*.h)
+build/test_kernels: $(KERNELS) $(wildcard csrc/cpu/kernels/*.h csrc/cpu/kernels/*/*.h csrc/*.h tests/cpp/*.h)
 	mkdir -p build
 	$(CXX) $(KERNEL_FLAGS) -O1 $(KERNELS) -o $@
 
@@ -80,13 +79,13 @@ asan-extension: $(VENV)/.installed
 	  PYTHONPATH=$(CURDIR)/build/asan/lib $(PYTHON_HERE) $(FUZZ)
 
 # The AVX-512 tables on machines without: their intrinsics lane by lane, tests/cpp/avx512_emulated.h.
-EMULATED := csrc/cpu/kernels_avx512.cpp csrc/cpu/levels_avx512.cpp
+EMULATED := $(wildcard csrc/cpu/kernels/avx512/*.cpp)
 test-avx512: $(KERNELS)
 	mkdir -p build
 	for f in $(notdir $(EMULATED)); do $(CXX) $(KERNEL_FLAGS) -O0 -Wno-psabi \
-	  -include tests/cpp/avx512_emulated.h -c csrc/cpu/$$f -o build/$$f.emulated.o || exit 1; done
+	  -include tests/cpp/avx512_emulated.h -c csrc/cpu/kernels/avx512/$$f -o build/$$f.emulated.o || exit 1; done
 	$(CXX) $(KERNEL_FLAGS) -O1 $(filter-out $(EMULATED),$(KERNELS)) \
-	  $(EMULATED:csrc/cpu/%=build/%.emulated.o) -o build/test_kernels_emulated
+	  $(EMULATED:csrc/cpu/kernels/avx512/%=build/%.emulated.o) -o build/test_kernels_emulated
 	build/test_kernels_emulated
 
 # Structured activations and weights at random against the accuracy rule: COUNT products from SEED on.

@@ -70,7 +70,7 @@ def extension() -> CppExtension:
         "-Wno-unused-parameter",
     ]
     link_args = []
-    files = sources("csrc/*.cpp", "csrc/ops/*/*.cpp", "csrc/cpu/*.cpp", "csrc/bench/*.cpp")
+    files = sources("csrc/*.cpp", "csrc/ops/*/*.cpp", "csrc/cpu/**/*.cpp", "csrc/bench/*.cpp")
     include_dirs = []
     libraries = []
     if sys.platform == "linux":

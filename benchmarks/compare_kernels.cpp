@@ -1,5 +1,5 @@
 // One product by the kernels of the commit this is compiled with, timed: compare_kernels.py.
-#include "csrc/cpu/kernels.h"
+#include "kernels.h"
 
 #include <chrono>
 #include <cstring>

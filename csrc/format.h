@@ -29,7 +29,7 @@ constexpr bool is_group_size(long long group_size) {
 // Of values, scales and biases; GPU kernels have no float64.
 enum class DType : unsigned char { kFloat, kHalf, kBFloat16, kDouble };
 
-// How two levels are chosen for real-valued weights: csrc/cpu/levels.h has the formulae.
+// How two levels are chosen for real-valued weights: csrc/cpu/kernels/levels.h has the formulae.
 enum class Rule : unsigned char { kMinMax, kSign, kMean, kOptimal };
 
 // Smallest scale quantize writes: constant groups keep bits 0 and decode to their bias.

@@ -1,4 +1,5 @@
-// Where to cut a group in two, as csrc/cpu/best_cut-inl.h does: sorted, then every cut is tried.
+// Where to cut a group in two, as csrc/cpu/kernels/best_cut-inl.h does: sorted, then every cut is
+// tried.
 #pragma once
 #include "group.h"
 

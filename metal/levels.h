@@ -1,4 +1,4 @@
-// Two levels for a group of real weights, in the arithmetic of csrc/cpu/levels-inl.h:
+// Two levels for a group of real weights, in the arithmetic of csrc/cpu/kernels/levels-inl.h:
 //
 //   bit(v) = (v - origin) > threshold,   w_hat(v) = bit(v) ? high : low
 //

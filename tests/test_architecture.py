@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-KERNELS = ("csrc/cpu/kernels*", "csrc/cpu/levels*", "csrc/cpu/*-inl.h", "csrc/cpu/scratch*")
+ISAS = [p.name for p in sorted((ROOT / "csrc/cpu/kernels").iterdir()) if p.is_dir()]
 BACKENDS = [
     p.name
     for p in sorted((ROOT / "csrc").iterdir())
@@ -29,7 +29,10 @@ ROOMS = {
         + [f"csrc/ops/{room}" for room in ("codec", "product", "levels", "moments")]
         for backend in BACKENDS
     },
+    "csrc/cpu/kernels": ["csrc/format.h"],
+    **{f"csrc/cpu/kernels/{isa}": ["csrc/format.h", "csrc/cpu/kernels"] for isa in ISAS},
 }
+ROOMS["csrc/cpu"].append("csrc/cpu/kernels")
 # files: system headers they must not include, why
 HEADERS = {
     "metal/*": (r"torch|ATen|c10", "shaders know no torch"),
@@ -39,7 +42,7 @@ HEADERS = {
     ),
     "csrc/cuda/launch_plan.h": (r"torch|ATen|c10|cuda|string$", "plans are plain C++"),
     "csrc/cuda/kernels/*": (r".", "NVRTC has no headers"),
-    **dict.fromkeys(KERNELS, (r"torch|ATen|c10", "kernels compile without torch")),
+    "csrc/cpu/kernels/**/*": (r"torch|ATen|c10", "kernels compile without torch"),
     "csrc/**/*": (r"torch/extension\.h|ATen/ATen\.h|torch/all\.h", "narrow headers only"),
 }
 # Python files: names they must not use, why
@@ -202,3 +205,13 @@ def test_no_circle_of_imports():
         left = {part: imported for part, imported in left.items() if part not in free}
     circle = {part: sorted(imported & left.keys()) for part, imported in left.items()}
     assert not circle, circle
+
+
+def test_the_table_of_cpu_kernels_names_what_there_is():
+    text = (ROOT / "docs/architecture.md").read_text()
+    section = text.split("## Which file has the CPU kernel")[1].split("\n## ")[0]
+    names = set(re.findall(r"`([\w/]+(?:-inl\.h|\.cpp))`", section))
+    assert len(names) >= 8
+    for name in names:
+        found = list((ROOT / "csrc/cpu/kernels").rglob(Path(name).name))
+        assert [p for p in found if p.as_posix().endswith(f"/{name}")], name

@@ -1,5 +1,5 @@
 // prepack, unprepack and qmm_prepacked on the CPU.
-#include "prepacked.h"
+#include "kernels/prepacked.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>

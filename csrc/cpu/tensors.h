@@ -4,7 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "../ops/rules.h"
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace onebit::cpu {
 

@@ -1,6 +1,6 @@
-// The AVX-512 intrinsics that csrc/cpu uses, lane by lane, for machines with AVX2 only: included
-// before kernels_avx512.cpp (-include), it lets the tests run that table on any x86. Right, not
-// fast. An intrinsic that is missing here does not compile.
+// The AVX-512 intrinsics that csrc/cpu/kernels uses, lane by lane, for machines with AVX2 only:
+// included before kernels_avx512.cpp (-include), it lets the tests run that table on any x86.
+// Right, not fast. An intrinsic that is missing here does not compile.
 #pragma once
 
 #include <immintrin.h>

@@ -13,7 +13,7 @@
 #include <string>
 #include <type_traits>
 
-#include "../../csrc/cpu/float_types.h"
+#include "../../csrc/cpu/kernels/float_types.h"
 
 namespace onebit::cpu {
 

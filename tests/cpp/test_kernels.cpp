@@ -7,8 +7,8 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu/kernels.h"
-#include "../../csrc/cpu/prepacked.h"
+#include "../../csrc/cpu/kernels/kernels.h"
+#include "../../csrc/cpu/kernels/prepacked.h"
 #include "guarded.h"
 #include "test_levels.h"
 

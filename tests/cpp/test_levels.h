@@ -1,7 +1,7 @@
 // The tests of the level kernels, for the one main() there is.
 #pragma once
 
-#include "../../csrc/cpu/levels.h"
+#include "../../csrc/cpu/kernels/levels.h"
 
 namespace onebit::cpu {
 

@@ -1,6 +1,6 @@
 // Quantizing by a rule, and training through it: two levels for a group of real weights, in the
-// arithmetic of csrc/cpu/levels-inl.h and in its order, so that bits and levels are the CPU's.
-// Compiled without contraction to fused multiply-adds.
+// arithmetic of csrc/cpu/kernels/levels-inl.h and in its order, so that bits and levels are the
+// CPU's. Compiled without contraction to fused multiply-adds.
 //
 //   rule      origin  threshold     low, high
 //   minmax    min     (max-min)/2   min, max
@@ -118,7 +118,8 @@ __device__ __forceinline__ Extremes extremes_of(const Group& value) {
   return {spoilt ? 0 : first_extreme(value, true), spoilt ? 0 : first_extreme(value, false)};
 }
 
-// --- Where to cut a group in two, as csrc/cpu/best_cut-inl.h does: sorted, then every cut ---
+// --- Where to cut a group in two, as csrc/cpu/kernels/best_cut-inl.h does: sorted, then every cut
+// ---
 
 // Orders floats as integers, and back: nothing is lost, neither a NaN nor the sign of a zero.
 __device__ __forceinline__ int sort_key(int bits) { return bits ^ (bits >> 31 & 0x7fffffff); }

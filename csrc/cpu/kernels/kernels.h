@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../format.h"
+#include "../../format.h"
 
 namespace onebit::cpu {
 

@@ -5,11 +5,11 @@
 
 #include <cstring>
 
-#include "float_types.h"
-#include "kernels.h"
-#include "prepacked.h"  // which others include too: its inline functions are for any machine
-#include "scratch.h"
-#include "target.h"
+#include "../float_types.h"
+#include "../kernels.h"
+#include "../prepacked.h"  // which others include too: its inline functions are for any machine
+#include "../scratch.h"
+#include "../target.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes the undefined operand of its own intrinsics for a mistake of ours.
@@ -19,10 +19,10 @@
 
 ONEBIT_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 
+#include "../table-inl.h"
 #include "lookup_avx512-inl.h"
 #include "lookup_avx512_int16-inl.h"
 #include "prepacked-inl.h"
-#include "table-inl.h"
 
 namespace onebit::cpu {
 

@@ -5,16 +5,16 @@
 
 #include <cstring>
 
-#include "float_types.h"
-#include "kernels.h"
-#include "scratch.h"
-#include "target.h"
+#include "../float_types.h"
+#include "../kernels.h"
+#include "../scratch.h"
+#include "../target.h"
 
 ONEBIT_TARGET_BEGIN("avx2,fma,f16c")
 
+#include "../table-inl.h"
 #include "lookup_avx2-inl.h"
 #include "lookup_avx2_int16-inl.h"
-#include "table-inl.h"
 
 namespace onebit::cpu {
 namespace {

@@ -5,9 +5,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "float_types.h"
-#include "kernels.h"
-#include "levels.h"
+#include "../float_types.h"
+#include "../kernels.h"
+#include "../levels.h"
 
 namespace onebit::cpu {
 namespace {

@@ -2,9 +2,9 @@
 // Included inside a target region, after <immintrin.h>.
 #pragma once
 
-#include "float_types.h"
-#include "kernels.h"
-#include "target.h"
+#include "../float_types.h"
+#include "../kernels.h"
+#include "../target.h"
 
 namespace onebit::cpu {
 namespace {

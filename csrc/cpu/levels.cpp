@@ -3,7 +3,7 @@
 #include <torch/library.h>
 
 #include "../ops/levels/rules.h"
-#include "levels.h"
+#include "kernels/levels.h"
 #include "parallel.h"
 #include "tensors.h"
 

@@ -2,9 +2,9 @@
 #if defined(__x86_64__)
 #include <type_traits>
 
-#include "float_types.h"
-#include "levels.h"
-#include "target.h"
+#include "../float_types.h"
+#include "../levels.h"
+#include "../target.h"
 
 ONEBIT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kVectorBytes = 64;
 
-#include "levels-inl.h"
+#include "../levels-inl.h"
 
 }  // namespace
 

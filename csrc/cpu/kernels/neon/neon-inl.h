@@ -2,9 +2,9 @@
 // add: the activation in fixed point, blanked in the lanes whose weight bit is clear.
 #pragma once
 
-#include "float_types.h"
-#include "kernels.h"
-#include "target.h"
+#include "../float_types.h"
+#include "../kernels.h"
+#include "../target.h"
 
 namespace onebit::cpu {
 namespace {

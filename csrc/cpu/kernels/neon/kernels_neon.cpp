@@ -5,13 +5,13 @@
 
 #include <cstring>
 
-#include "float_types.h"
-#include "kernels.h"
-#include "levels.h"
+#include "../float_types.h"
+#include "../kernels.h"
+#include "../levels.h"
+#include "../scratch.h"
+#include "../table-inl.h"
+#include "../target.h"
 #include "neon-inl.h"
-#include "scratch.h"
-#include "table-inl.h"
-#include "target.h"
 
 namespace onebit::cpu {
 namespace {

@@ -1,9 +1,9 @@
 // The product with prepacked weights.
 #pragma once
 
+#include "../prepacked.h"
+#include "../qmm-inl.h"
 #include "pairs_avx512-inl.h"
-#include "prepacked.h"
-#include "qmm-inl.h"
 
 namespace onebit::cpu {
 namespace {
