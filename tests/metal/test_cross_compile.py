@@ -13,7 +13,9 @@ import toolchain
 MPS = mac_build.CSRC / "mps"
 SOURCES = sorted([*MPS.glob("*.cpp"), *MPS.glob("*.mm")])
 OTHER_SOURCES = sorted(
-    p for folder in ("", "ops/*/", "cpu/") for p in mac_build.CSRC.glob(f"{folder}*.cpp")
+    p
+    for pattern in ("*.cpp", "ops/**/*.cpp", "cpu/**/*.cpp", "bench/*.cpp")
+    for p in mac_build.CSRC.glob(pattern)
 )
 
 

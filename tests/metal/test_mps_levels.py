@@ -243,6 +243,7 @@ def test_opcheck_on_mps_and_nothing_is_announced(name, monkeypatch):
         "fake_quantize_affine": (w, levels, levels, 32),
         "fake_quantize_affine_backward": (w, w, levels, levels, 32),
         "flip_bits_": (w > 0, w, levels, torch.rand(64, 64, device="mps"), 0, 32, 32),
+        "descend_": (w > 0, w, levels, torch.rand(64, 64, device="mps"), 2, 32),
     }[name]
     # torch's autograd registration check knows no mps; it runs on the CPU.
     utilities = ("test_schema", "test_faketensor")
