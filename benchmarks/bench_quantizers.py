@@ -118,9 +118,9 @@ def solver() -> str:
         start = time.perf_counter()
         torch_onebit.quantize_weight(w, "calibrated", group_size, moments=moments)
         seconds = time.perf_counter() - start
-        # 2 rounds of: a refit (n k^2, halved by symmetry, and its solves), an error (n k^2); a last
+        # 3 rounds of: a refit (n k^2, halved by symmetry, and its solves), an error (n k^2); a last
         # refit. Flips of bits come on top.
-        flops = 2 * n * k * k * 3.5 + 3 * 2 / 3 * n * (2 * k / group_size) ** 3
+        flops = 2 * n * k * k * 5 + 4 * 2 / 3 * n * (2 * k / group_size) ** 3
         gflop = flops / 1e9
         speed = f"{gflop / seconds:.0f}"
         rows.append([f"{n} x {k}", str(group_size), f"{seconds:.1f}", f"{gflop:.0f}", speed])

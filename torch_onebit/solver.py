@@ -36,7 +36,7 @@ class CalibrationOptions:
     damping: added to the diagonal of H, in units of its mean.
     """
 
-    rounds: int = 2
+    rounds: int = 3
     sweeps: int = 6
     damping: float = 0.01
 
