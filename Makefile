@@ -71,11 +71,12 @@ tsan: $(KERNELS)
 	$(CXX) $(KERNEL_FLAGS) $(TSAN) $(EMULATE) $(KERNELS) -o build/test_kernels_tsan
 	build/test_kernels_tsan
 
-# The whole extension under AddressSanitizer: random calls and sequences of calls.
+# The whole extension under AddressSanitizer: random calls and sequences of calls. It looks for
+# what throws exceptions when it is loaded, before Python loads libstdc++.
 asan-extension: $(VENV)/.installed
 	CFLAGS="$(ASAN) $(EMULATE)" LDFLAGS="-fsanitize=address" \
 	  $(BIN)/python setup.py --quiet build --build-temp build/asan --build-lib build/asan/lib
-	cd tests && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	cd tests && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=$(CURDIR)/build/asan/lib $(PYTHON_HERE) $(FUZZ)
 
 # The AVX-512 tables on machines without: their intrinsics lane by lane, tests/cpp/avx512_emulated.h.

@@ -4,7 +4,6 @@
 #include <torch/version.h>
 
 extern "C" {
-extern const char onebit_built_for[];
-__attribute__((visibility("default"), used)) const char onebit_built_for[] =
-    "onebit was built for torch " TORCH_VERSION;
+extern __attribute__((visibility("default"))) const char onebit_built_for[];
+__attribute__((used)) const char onebit_built_for[] = "onebit was built for torch " TORCH_VERSION;
 }

@@ -20,13 +20,16 @@ def test_random_cases(kind, count):
     assert f"{kind}: {count} cases" in run.stdout
 
 
-def test_a_case_that_ends_the_process_is_reported_with_its_number(tmp_path):
+@pytest.mark.parametrize(
+    "end, code", [("os.abort()", -6), ("os._exit(1)", 1)], ids=["a crash", "a sanitizer's report"]
+)
+def test_a_case_that_ends_the_process_is_reported_with_its_number(end, code, tmp_path):
     script = tmp_path / "dies.py"
     script.write_text(
         "import os, sys\n"
         "from fuzz import runner\n"
         "if len(sys.argv) > 1 and sys.argv[1] == 'child':\n"
-        "    case = lambda n: os.abort() if n == 7 else 1\n"
+        f"    case = lambda n: {end} if n == 7 else 1\n"
         "    first, count, state = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]\n"
         "    sys.exit(runner.child('calls', case, first, count, None, state))\n"
         "run = lambda kind, first, count, seconds, path: [\n"
@@ -38,5 +41,5 @@ def test_a_case_that_ends_the_process_is_reported_with_its_number(tmp_path):
     command = [sys.executable, str(script)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 1
-    assert "case 7 ended the process with code -6" in run.stdout
+    assert f"case 7 ended the process with code {code}" in run.stdout
     assert "--first 7 --count 1" in run.stdout
