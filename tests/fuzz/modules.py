@@ -349,8 +349,11 @@ def train(pair: Pair) -> str:
         expect_near(t, want, mass + want.abs(), torch.promote_types(dtype, torch.float16), 128)
     with torch.no_grad():
         for key, t in zip(keys, got, strict=True):
-            getattr(layer, key).sub_(t, alpha=1e-3)
-            own[key].sub_(t, alpha=1e-3)
+            step = (
+                t * 1e-3
+            )  # not sub_'s alpha, which rounds by the layout of what is subtracted from
+            getattr(layer, key).sub_(step)
+            own[key].sub_(step)
     for key in keys:
         getattr(layer, key).requires_grad_(before[key])
     return f"train {name}"
