@@ -1,6 +1,7 @@
 """FSDP2 in two processes: sharded training takes the steps of plain training."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -9,10 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations
+from two_processes import PROCESSES, outcomes
 
 import torch_onebit
-
-PROCESSES = 2
 
 
 class Net(nn.Module):
@@ -64,7 +64,6 @@ def train(model: nn.Module, tokens: torch.Tensor) -> list[float]:
 
 def compare(make) -> str:
     """What differs between sharded training on halves of a batch and plain training; or ""."""
-    torch.manual_seed(0)
     plain = make()
     tokens = torch.randint(20, (4, 9))
     model = copy.deepcopy(plain)
@@ -85,26 +84,13 @@ def compare(make) -> str:
     return ""
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES
-    )
-    results = {}
-    for name, make in MODELS.items():
-        try:
-            results[name] = compare(make)
-        except Exception as error:  # each row reports its own
-            results[name] = f"{type(error).__name__}: {error}"
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def cases(folder):
+    return {name: functools.partial(compare, make) for name, make in MODELS.items()}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fsdp")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=PROCESSES)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    return outcomes(cases, tmp_path_factory.mktemp("fsdp"))
 
 
 @pytest.mark.parametrize("name", MODELS)

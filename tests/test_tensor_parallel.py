@@ -11,11 +11,10 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
+from two_processes import PROCESSES, outcomes
 
 import torch_onebit
 from torch_onebit import OneBitEmbedding, OneBitLinear, ops
-
-PROCESSES = 2
 
 
 class Net(nn.Module):
@@ -163,29 +162,13 @@ CASES = {
 }
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES
-    )
-    cases = {**CASES, "checkpoint": lambda: saved_by_two_loaded_by_one(f"{folder}/saved")}
-    results = {}
-    for name, case in cases.items():
-        torch.manual_seed(0)
-        try:
-            case()
-            results[name] = ""
-        except Exception as error:  # each row reports its own
-            results[name] = f"{type(error).__name__}: {error}"
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def cases(folder):
+    return {**CASES, "checkpoint": lambda: saved_by_two_loaded_by_one(f"{folder}/saved")}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parallel")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=PROCESSES)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    return outcomes(cases, tmp_path_factory.mktemp("parallel"))
 
 
 @pytest.mark.parametrize("name", [*CASES, "checkpoint"])
