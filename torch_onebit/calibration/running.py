@@ -216,10 +216,10 @@ def multiply_in_bfloat16(model: nn.Module) -> None:
 
 
 def _linear_in_bfloat16(layer: nn.Linear | OneBitLinear, input: Tensor) -> Tensor:
-    x = input.reshape(input.shape[:-1].numel(), input.shape[-1])
-    if {input.dtype, layer.weight.dtype} - {torch.float32, torch.int32} or narrow(x) is x:
+    x = narrow(input.reshape(input.shape[:-1].numel(), input.shape[-1]))
+    if layer.weight.dtype not in (torch.float32, torch.int32) or x.dtype == input.dtype:
         return type(layer).forward(layer, input)
     weight = layer.dequantize() if isinstance(layer, OneBitLinear) else layer.weight
     bias = None if layer.bias is None else layer.bias.bfloat16()
-    y = nn.functional.linear(narrow(x), weight.bfloat16(), bias).float()
+    y = nn.functional.linear(x, weight.bfloat16(), bias).float()
     return y.view(*input.shape[:-1], layer.out_features)
