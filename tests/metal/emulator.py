@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -84,6 +85,17 @@ def build(sources: list[Path], include: list[Path] = (), defines: tuple[str, ...
         toolchain.run(["g++", "-shared", "-o", str(scratch), *map(str, objects)])
         scratch.rename(library)
     return library
+
+
+def broken_shaders(folder: Path, file: str, before: str, after: str) -> Path:
+    """A copy of our shaders with one change, and of the headers they share with the host."""
+    shaders = Path(shutil.copytree(toolchain.SHADERS, folder / "metal"))
+    ignored = shutil.ignore_patterns("*.cpp")
+    shutil.copytree(toolchain.ROOT / "csrc", folder / "csrc", ignore=ignored)
+    text = (shaders / file).read_text()
+    assert before in text
+    (shaders / file).write_text(text.replace(before, after))
+    return shaders
 
 
 class Library:

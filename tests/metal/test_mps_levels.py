@@ -1,7 +1,6 @@
 """Quantizing by a rule and fake quantization on MPS: the CPU's results, and what a defect does."""
 
 import copy
-import shutil
 
 import emulator
 import pytest
@@ -389,19 +388,16 @@ def everything() -> None:
     check_rounding()
 
 
-def broken(folder, file: str = "group.h", before: str = "", after: str = ""):
+def broken(folder, file: str, before: str, after: str) -> str:
     """The emulated kernels after a change to one of the shaders."""
-    shaders = shutil.copytree(emulator.toolchain.SHADERS, folder / "metal")
-    shutil.copytree(emulator.toolchain.ROOT / "csrc", folder / "csrc")
-    text = (shaders / file).read_text()
-    assert before in text
-    (shaders / file).write_text(text.replace(before, after) if before else text)
+    shaders = emulator.broken_shaders(folder, file, before, after)
     names = ("levels", "fake_quantize_affine", "flip_bits")
     return str(emulator.build([shaders / f"{name}.metal" for name in names]))
 
 
 def test_the_shaders_without_a_defect_pass(tmp_path, monkeypatch):
-    monkeypatch.setenv("ONEBIT_EMULATOR", broken(tmp_path))
+    same = ("group.h", "inline", "inline")
+    monkeypatch.setenv("ONEBIT_EMULATOR", broken(tmp_path, *same))
     everything()
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 import runpy
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -125,11 +124,7 @@ def target(defect: str) -> tuple[str, list[str]]:
 def broken(folder, defect: str) -> str:
     """The shaders that matter, with the defect, without the instances for bfloat."""
     file, before, after, *_ = MUTANTS[defect]
-    shaders = shutil.copytree(SHADERS, folder / "metal")
-    shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("*.cpp"))
-    text = (shaders / file).read_text()
-    assert before in text
-    (shaders / file).write_text(text.replace(before, after))
+    shaders = emulator.broken_shaders(folder, file, before, after)
     paths = [shaders / f"{stem}.metal" for stem in target(defect)[1]]
     for path in paths:
         lines = path.read_text().splitlines(keepends=True)
