@@ -51,6 +51,7 @@ GROUPS = {
         "OneBitStack",
         "QATLinear",
         "QATEmbedding",
+        "QATExperts",
         "LoRALinear",
         "OneBitModule",
         "PrepackedLinear",

@@ -9,9 +9,13 @@ import torch
 from torch import nn
 
 from torch_onebit import (
+    QATExperts,
+    calibrate_,
+    convert_,
     count_parameters,
     dequantize_,
     load_checkpoint,
+    prepare_qat_,
     quantize_,
     report,
     save_checkpoint,
@@ -142,11 +146,62 @@ def test_other_forms_stay_float_and_say_why(form, reason):
         OneBitExperts.from_experts(model.experts)
 
 
-def test_a_float_model_says_who_takes_experts():
-    from torch_onebit import prepare_qat_
+def test_a_model_with_float_experts_says_who_takes_them():
+    model = calibrate_(build(), [FEW], group_size=32, skip=["layers.1"], progress=False)
+    reasons = {row.name: row.reason for row in report(model).left}
+    why = "experts: quantize_ and prepare_qat_ take them"
+    assert reasons["model.layers.0.mlp.experts.down_proj"] == why
 
-    reasons = {row.name: row.reason for row in report(prepare_qat_(build(), group_size=32)).left}
-    assert reasons["model.layers.0.mlp.experts.down_proj"] == "experts: only quantize_ takes them"
+
+QAT = [  # (the model, options of prepare_qat_, parameters of the experts)
+    ("float", {}, 2),
+    ("float", {"method": "learnable"}, 6),
+    ("float", {"symmetric": True}, 2),
+    ("packed", {}, 6),  # learnable levels
+    ("symmetric", {}, 4),
+]
+
+
+@pytest.mark.parametrize("start, options, parameters", QAT)
+def test_experts_train_their_latent_weights_and_are_packed_again(start, options, parameters):
+    model = build() if start == "float" else onebit(symmetric=start == "symmetric")
+    before = model(MANY).logits
+    kept = set(model.parameters()) if start == "float" else set()
+    prepare_qat_(model, filter_fn=lambda m, _: {"group_size": 32}, progress=False, **options)
+    experts = model.model.layers[0].mlp.experts
+    assert isinstance(experts, QATExperts)
+    assert len(list(experts.parameters())) == parameters
+    assert kept <= set(model.parameters()), "an optimizer made before goes on"
+    if start != "float":
+        torch.testing.assert_close(model(MANY).logits, before)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(MANY, labels=MANY).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(p.grad is not None and p.grad.any() for p in experts.parameters())
+    y = model(MANY).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(MANY).logits, y)
+    assert_same(copy.deepcopy(model), model)
+    convert_(model, progress=False)
+    packed = model.model.layers[0].mlp.experts
+    assert isinstance(packed, OneBitExperts)
+    assert packed.symmetric == (options.get("symmetric", False) or start == "symmetric")
+    torch.testing.assert_close(model(MANY).logits, y)
+
+
+def test_experts_of_columns_that_no_group_divides_train():
+    model = prepare_qat_(build(moe_intermediate_size=48), group_size=32, progress=False)
+    y = model(FEW).logits
+    convert_(model, progress=False)
+    assert model.model.layers[0].mlp.experts.down_proj.in_features == 48
+    torch.testing.assert_close(model(FEW).logits, y)
 
 
 def test_levels_train_and_the_model_compiles_in_one_graph():

@@ -45,7 +45,7 @@ from torch_onebit.parameters import (
     thaw_lora_,
 )
 from torch_onebit.prepacking import prepack_, unprepack_
-from torch_onebit.qat import QATEmbedding, QATLinear, convert_, prepare_qat_
+from torch_onebit.qat import QATEmbedding, QATExperts, QATLinear, convert_, prepare_qat_
 from torch_onebit.quantizing import dequantize_, quantize_
 from torch_onebit.reports import CalibrationReport, LayerRow, LeftRow, Report, report
 from torch_onebit.saving import export_gguf, save_checkpoint
@@ -77,6 +77,7 @@ __all__ = [
     "ParameterCount",
     "PrepackedLinear",
     "QATEmbedding",
+    "QATExperts",
     "QATLinear",
     "Report",
     "add_lora_",

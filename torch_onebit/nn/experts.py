@@ -59,6 +59,10 @@ class OneBitExperts(NotScriptable, nn.Module):
     def group_size(self) -> int:
         return self.down_proj.group_size
 
+    @property
+    def symmetric(self) -> bool:
+        return self.down_proj.symmetric
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts' results ``[tokens, k]``, given what the router chose for every token.
 

@@ -6,8 +6,7 @@ from torch import Tensor
 from torch_onebit import ops
 from torch_onebit.checks import check_count, check_packed
 from torch_onebit.methods import quantize_weight
-from torch_onebit.nn.weight import OneBitModule, uniform_std
-from torch_onebit.packing import WORD_BITS
+from torch_onebit.nn.weight import OneBitModule, stored_columns, uniform_std
 from torch_onebit.padding import pad_rows
 
 
@@ -102,13 +101,20 @@ class OneBitStack(OneBitModule):
 
     @classmethod
     def from_packed(
-        cls, weight: Tensor, scales: Tensor, biases: Tensor | None, *, group_size: int
+        cls,
+        weight: Tensor,
+        scales: Tensor,
+        biases: Tensor | None,
+        *,
+        group_size: int,
+        in_features: int | None = None,
     ) -> "OneBitStack":
         """A stack that holds tensors of the format, as they are: nothing is copied.
 
         Args:
             weight: ``[count, n, k // 32]``, int32 or uint32.
             scales, biases: ``[count, n, k // group_size]``; biases are None in the symmetric form.
+            in_features: k, when the last group is not full; all columns without it.
         Raises:
             ValueError: a tensor that the format does not allow; the message names it.
             TypeError: something else than a tensor.
@@ -117,9 +123,10 @@ class OneBitStack(OneBitModule):
             raise ValueError(f"weight must have 3 dimensions, got {weight.dim()}")
         flat = [t.flatten(0, -2) if isinstance(t, Tensor) else t for t in (weight, scales, biases)]
         check_packed(*flat, group_size)
-        count, n, words = weight.shape
+        k = stored_columns(flat[0], group_size, "in_features", in_features)
+        count, n, _ = weight.shape
         options = {"group_size": group_size, "symmetric": biases is None, "device": "meta"}
-        stack = cls(count, words * WORD_BITS, n, **options)
+        stack = cls(count, k, n, **options)
         stack._take(*flat)
         return stack
 

@@ -9,10 +9,18 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from torch_onebit.checks import check_level_dtype
-from torch_onebit.float_layers import is_conv1d, is_linear, obstacle
-from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, PrepackedLinear, tie
+from torch_onebit.float_layers import is_conv1d, is_experts, is_linear, obstacle
+from torch_onebit.nn import (
+    OneBitEmbedding,
+    OneBitExperts,
+    OneBitLinear,
+    OneBitModule,
+    PrepackedLinear,
+    tie,
+)
 from torch_onebit.ops import quantize_levels
 from torch_onebit.padding import fill
+from torch_onebit.qat.experts import QATExperts
 from torch_onebit.qat.layers import (
     FakeQuantize,
     LatentModule,
@@ -22,7 +30,8 @@ from torch_onebit.qat.layers import (
 )
 from torch_onebit.surgery import FilterFn, swap_
 
-_KINDS = (nn.Linear, nn.Embedding, OneBitLinear, PrepackedLinear, OneBitEmbedding)
+_KINDS = (nn.Linear, nn.Embedding, OneBitLinear, PrepackedLinear, OneBitEmbedding, OneBitExperts)
+_PACKED = (OneBitModule, OneBitExperts)
 
 
 def prepare_qat_(
@@ -36,6 +45,8 @@ def prepare_qat_(
     progress: bool = True,
 ) -> nn.Module:
     """Make a model train with 1-bit weights, in place: linear and embedding layers become QAT ones.
+
+    So do the experts of transformers' mixtures that ``quantize_`` takes.
 
     Parameters of float layers stay the same objects: an optimizer made before keeps working, tied
     weights stay tied. A layer whose weight is parametrized keeps its class and gets one more
@@ -133,6 +144,8 @@ def _kind(module: nn.Module) -> type[nn.Module] | None:
     """Which of the layers module is, whose weight may be parametrized; None for others."""
     if is_conv1d(module):
         return nn.Linear
+    if is_experts(module):
+        return OneBitExperts
     for kind in _KINDS:
         if type(module) is kind:
             return kind
@@ -146,13 +159,13 @@ def _parametrized(module: nn.Module) -> bool:
 
 
 def _is_prepared(module: nn.Module) -> bool:
-    return isinstance(module, LatentModule) or (
+    return isinstance(module, QATLinear | QATEmbedding | QATExperts) or (
         _parametrized(module) and isinstance(module.parametrizations.weight[-1], FakeQuantize)
     )
 
 
 def _complete(
-    kind: type[nn.Module], options: dict[str, Any], layer: OneBitModule | None = None
+    kind: type[nn.Module], options: dict[str, Any], layer: nn.Module | None = None
 ) -> None:
     """Fill in what was not chosen, from the packed layer if it is one, and check it."""
     if options["group_size"] is None:
@@ -166,7 +179,7 @@ def _complete(
 
 
 def _check(layer: nn.Module, options: dict[str, Any]) -> str | None:
-    packed = isinstance(layer, OneBitModule)
+    packed = isinstance(layer, _PACKED)
     _complete(_kind(layer), options, layer if packed else None)
     if not _parametrized(layer):
         return None if packed else obstacle(layer)
@@ -182,6 +195,8 @@ def _prepare(layer: nn.Module, **options: Any) -> nn.Module | Callable[[], Any]:
     if _parametrized(layer):
         fake = FakeQuantize(options["method"], options["group_size"])
         return partial(parametrize.register_parametrization, layer, "weight", fake)
+    if _kind(layer) is OneBitExperts:
+        return QATExperts(layer, **options)
     linear = is_linear(layer) or isinstance(layer, OneBitLinear)
     return (QATLinear if linear else QATEmbedding)(layer, **options)
 
@@ -201,7 +216,9 @@ def _share(owner: LatentModule, other: LatentModule) -> None:
 
 
 @torch.no_grad()
-def _convert(layer: nn.Module, dtype: torch.dtype | None) -> OneBitModule:
+def _convert(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    if isinstance(layer, QATExperts):
+        return layer.convert(dtype)
     if isinstance(layer, LatentModule):
         packed, scales, biases = layer.quantize()
         group_size = layer.group_size
