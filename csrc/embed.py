@@ -20,19 +20,14 @@ def inline(paths: list[Path]) -> str:
     return "".join(text_of(path.resolve()) for path in paths)
 
 
-def shader_source(folder: Path) -> str:
-    """All ``*.metal`` of ``folder`` as one program."""
-    return inline(sorted(folder.glob("*.metal")))
+def shader_sources(folder: Path) -> dict[str, str]:
+    """Each ``*.metal`` of ``folder`` as a program, by its name."""
+    return {path.stem: inline([path]) for path in sorted(folder.glob("*.metal"))}
 
 
 def shader_header(folder: Path) -> str:
-    """A C++ header that defines ``kShaderSource``."""
-    return (
-        "// Generated from metal/ by csrc/embed.py.\n#pragma once\n"
-        "namespace onebit::mps {\n"
-        f'constexpr const char* kShaderSource = R"onebit({shader_source(folder)})onebit";\n'
-        "}  // namespace onebit::mps\n"
-    )
+    """A C++ header that defines ``kShaderSources``."""
+    return header("metal/", "mps", "Shader", shader_sources(folder))
 
 
 def kernel_sources(folder: Path) -> dict[str, str]:
@@ -42,14 +37,17 @@ def kernel_sources(folder: Path) -> dict[str, str]:
 
 def kernel_header(folder: Path) -> str:
     """A C++ header that defines ``kKernelSources``."""
+    return header("csrc/cuda/kernels", "cuda", "Kernel", kernel_sources(folder))
+
+
+def header(origin: str, backend: str, what: str, sources: dict[str, str]) -> str:
     rows = "".join(
-        f'    {{"{name}", R"onebit({text})onebit"}},\n'
-        for name, text in kernel_sources(folder).items()
+        f'    {{"{name}", R"onebit({text})onebit"}},\n' for name, text in sources.items()
     )
     return (
-        "// Generated from csrc/cuda/kernels by csrc/embed.py.\n#pragma once\n"
-        "namespace onebit::cuda {\n"
-        "struct KernelSource {\n  const char *name, *text;\n};\n"
-        f"constexpr KernelSource kKernelSources[] = {{\n{rows}}};\n"
-        "}  // namespace onebit::cuda\n"
+        f"// Generated from {origin} by csrc/embed.py.\n#pragma once\n"
+        f"namespace onebit::{backend} {{\n"
+        f"struct {what}Source {{\n  const char *name, *text;\n}};\n"
+        f"constexpr {what}Source k{what}Sources[] = {{\n{rows}}};\n"
+        f"}}  // namespace onebit::{backend}\n"
     )

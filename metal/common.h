@@ -4,10 +4,10 @@
 #include <metal_simdgroup_matrix>
 #include <metal_stdlib>
 
-#include "params.h"
-
 // A product is rounded before it is added, as on the CPU; what is fused says fma.
 #pragma METAL fp contract(off)
+
+#include "params.h"
 
 using namespace metal;
 using namespace onebit;

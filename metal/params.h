@@ -55,10 +55,12 @@ struct QmmParams {
 ONEBIT_CONSTANT uint32_t kQmvRows = 8;
 ONEBIT_CONSTANT uint32_t kQmvSimdgroups = 2;
 
-// qmv_wide: 2 to 8 rows of x share every decoded weight.
-ONEBIT_CONSTANT uint32_t kWideRows = 4;
+// qmv_wide: 2 to 8 rows of x share every decoded weight. A simdgroup owns so many outputs that it
+// keeps 16 sums a lane: more spill (3 rows in float32: 7 times the time of reading w,
+// PrismML mlx #9).
 ONEBIT_CONSTANT uint32_t kWideSimdgroups = 2;
 ONEBIT_CONSTANT uint32_t kWideMaxM = 8;
+constexpr uint32_t wide_outputs(uint32_t m) { return m <= 4 ? 4 : 2; }
 
 // qmm: tiles of y [kTileM, kTileN], or of twice the rows; k in steps of one word.
 ONEBIT_CONSTANT uint32_t kTileM = 32;

@@ -1,8 +1,9 @@
 // y[m, n] = x[m, :] . dequantize(w)[n, :] for 2 to 8 rows of x (speculative decoding, small
 // batches). A word is read and decoded once and multiplied with all rows: per weight 3 operations
 // to decode and M fused multiply-adds, where M passes of qmv would read and decode it M times.
-// Threadgroup: kWideSimdgroups simdgroups, each owning kWideRows outputs; lanes as in qmv.
-// Held per lane at M = 8: 32 sums, 32 values of x, 4 words, 8 levels; about 90 registers.
+// Threadgroup: kWideSimdgroups simdgroups, each owning wide_outputs(M) outputs; lanes as in qmv.
+// Held per lane at M = 8: 16 sums, 32 values of x in its dtype, widened where they are used, 2
+// words, 4 levels; about 60 registers, or 45 under x of 16 bits.
 #include "common.h"
 
 template <typename T, uint M>
@@ -17,52 +18,51 @@ template <typename T, uint M>
                          uint3 group [[threadgroup_position_in_grid]],
                          uint simdgroup [[simdgroup_index_in_threadgroup]],
                          uint lane [[thread_index_in_simdgroup]]) {
-  const uint row0 = (group.x * kWideSimdgroups + simdgroup) * kWideRows;
+  constexpr uint kRows = wide_outputs(M);
+  const uint row0 = (group.x * kWideSimdgroups + simdgroup) * kRows;
   if (row0 >= p.n) return;
   const Matrices matrices = find_matrices(x_index, w_index, p, group.z);
   const uint words = p.k / kWordBits, groups = words >> p.group_shift;
   x += matrices.x * p.m * p.k;
 
-  uint row[kWideRows];  // past the end: the last row again, not stored
-  float sum[kWideRows][M];
+  uint row[kRows];  // past the end: the last row again, not stored
+  float sum[kRows][M];
   ONEBIT_UNROLL
-  for (uint r = 0; r < kWideRows; r++) {
+  for (uint r = 0; r < kRows; r++) {
     row[r] = matrices.w * p.n + min(row0 + r, p.n - 1);
     ONEBIT_UNROLL
     for (uint m = 0; m < M; m++) sum[r][m] = 0;
   }
   for (uint word = lane; word < words; word += kLanes) {
-    uint bits[kWideRows];
-    float zero[kWideRows], one[kWideRows];  // what the two bits stand for
+    uint bits[kRows];
+    float zero[kRows], one[kRows];  // what the two bits stand for
     ONEBIT_UNROLL
-    for (uint r = 0; r < kWideRows; r++) {
+    for (uint r = 0; r < kRows; r++) {
       bits[r] = packed[row[r] * words + word];
       const Levels levels = read_levels(scales, biases, row[r] * groups + (word >> p.group_shift));
       zero[r] = levels.bias;
       one[r] = levels.scale + levels.bias;
     }
     for (uint i = 0; i < kWordBits; i += 4) {
-      float value[M][4];
+      vec<T, 4> value[M];
       ONEBIT_UNROLL
       for (uint m = 0; m < M; m++) {
         const uint x_row = min(m, p.m - 1);
-        const vec<float, 4> four = read_four(x + x_row * p.k + word * kWordBits + i);
-        ONEBIT_UNROLL
-        for (uint j = 0; j < 4; j++) value[m][j] = four[j];
+        value[m] = *(const device vec<T, 4>*)(x + x_row * p.k + word * kWordBits + i);
       }
       ONEBIT_UNROLL
-      for (uint r = 0; r < kWideRows; r++) {
+      for (uint r = 0; r < kRows; r++) {
         ONEBIT_UNROLL
         for (uint j = 0; j < 4; j++) {
           const float weight = select(zero[r], one[r], bit_of(bits[r], i + j));
           ONEBIT_UNROLL
-          for (uint m = 0; m < M; m++) sum[r][m] = fma(weight, value[m][j], sum[r][m]);
+          for (uint m = 0; m < M; m++) sum[r][m] = fma(weight, float(value[m][j]), sum[r][m]);
         }
       }
     }
   }
   ONEBIT_UNROLL
-  for (uint r = 0; r < kWideRows; r++) {
+  for (uint r = 0; r < kRows; r++) {
     ONEBIT_UNROLL
     for (uint m = 0; m < M; m++) {
       const float total = simd_sum(sum[r][m]);

@@ -43,7 +43,14 @@ std::string function_name(const Pipeline& p) {
   return name;
 }
 
-id<MTLLibrary> compile(id<MTLDevice> device) {
+const char* source_of(const std::string& library) {
+  for (const ShaderSource& source : kShaderSources) {
+    if (library == source.name) return source.text;
+  }
+  TORCH_INTERNAL_ASSERT(false, "no metal/", library, ".metal");
+}
+
+id<MTLLibrary> compile(id<MTLDevice> device, const std::string& name) {
   MTLCompileOptions* options = [MTLCompileOptions new];
   options.languageVersion = MTLLanguageVersion3_1;  // the first with bfloat
   // Fast math, the default, drops NaN and infinities, and quantize is exact.
@@ -61,11 +68,11 @@ id<MTLLibrary> compile(id<MTLDevice> device) {
   }
   NSError* error = nil;
   id<MTLLibrary> library =
-      [device newLibraryWithSource:[NSString stringWithUTF8String:kShaderSource]
+      [device newLibraryWithSource:[NSString stringWithUTF8String:source_of(name)]
                            options:options
                              error:&error];
-  TORCH_CHECK(library, "the Metal kernels of torch_onebit do not compile on ", machine(device),
-              ": ", text(error));
+  TORCH_CHECK(library, "metal/", name, ".metal of torch_onebit does not compile on ",
+              machine(device), ": ", text(error));
   return library;
 }
 
@@ -87,14 +94,18 @@ class CompiledKernels {
     std::lock_guard<std::mutex> lock(mutex_);
     auto& kernel = kernels_[launch.pipeline.key()];
     if (!kernel) {
-      if (!library_) library_ = compile(device);
-      kernel = create(device, launch);
+      const std::string name = library_name(launch.pipeline.kernel);
+      auto& library = libraries_[name];
+      if (!library) library = compile(device, name);
+      kernel = create(device, library, launch);
     }
     return *kernel;
   }
 
  private:
-  std::unique_ptr<CompiledKernel> create(id<MTLDevice> device, const Launch& launch) {
+  std::unique_ptr<CompiledKernel> create(id<MTLDevice> device,
+                                         id<MTLLibrary> library,
+                                         const Launch& launch) {
     const Pipeline& p = launch.pipeline;
     const uint32_t levels = static_cast<uint32_t>(p.levels);
     const uint32_t other = static_cast<uint32_t>(p.other);
@@ -113,9 +124,9 @@ class CompiledKernels {
     const std::string name = function_name(p);
     NSError* error = nil;
     id<MTLFunction> function =
-        [library_ newFunctionWithName:[NSString stringWithUTF8String:name.c_str()]
-                       constantValues:constants
-                                error:&error];
+        [library newFunctionWithName:[NSString stringWithUTF8String:name.c_str()]
+                      constantValues:constants
+                               error:&error];
     TORCH_CHECK(function, "the Metal kernel ", name, " is missing on ", machine(device), ": ",
                 text(error));
     id<MTLComputePipelineState> pipeline = [device newComputePipelineStateWithFunction:function
@@ -133,7 +144,7 @@ class CompiledKernels {
   }
 
   std::mutex mutex_;
-  id<MTLLibrary> library_ = nil;
+  std::unordered_map<std::string, id<MTLLibrary>> libraries_;
   std::unordered_map<uint32_t, std::unique_ptr<CompiledKernel>> kernels_;
 };
 

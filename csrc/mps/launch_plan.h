@@ -50,6 +50,23 @@ constexpr const char* kernel_name(Kernel kernel) {
   return names[static_cast<int>(kernel)];
 }
 
+// The metal/<name>.metal that has it: a library of its own, compiled at the first use of one of its
+// kernels.
+constexpr const char* library_name(Kernel kernel) {
+  switch (kernel) {
+    case Kernel::kQmmSorted:
+      return "qmm";
+    case Kernel::kQuantizeLevels:
+    case Kernel::kFakeQuantize:
+    case Kernel::kFakeQuantizeBackward:
+      return "levels";
+    case Kernel::kFakeQuantizeAffineBackward:
+      return "fake_quantize_affine";
+    default:
+      return kernel_name(kernel);
+  }
+}
+
 constexpr const char* type_name(DType type) {
   constexpr const char* names[] = {"float", "half", "bfloat"};
   return names[static_cast<int>(type)];
@@ -132,8 +149,8 @@ constexpr ProductRule kProductRules[] = {
     {true, kFirstFamily, 1, Kernel::kQmv},
     // A weight costs 3 operations to decode and M to multiply; in qmm, whose tile always has 32
     // rows,
-    // 32 and its way through threadgroup memory. 8 rows are what the registers hold: the sums of 4
-    // outputs and the values of x take 64 of 128 *.
+    // 32 and its way through threadgroup memory. 8 rows are what the registers hold: 16 sums
+    // and 32 values of x take 48 of 128 *.
     {true, kFirstFamily, kWideMaxM, Kernel::kQmvWide},
     // Above, a second pass over w would cost more than the idle rows of a tile *.
     {true, kFirstFamily, kAnyM, Kernel::kQmm},
@@ -264,7 +281,8 @@ constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu, Kernel kern
       break;
     case Kernel::kQmvWide:
       launch.pipeline.rows = wide_rows(p.m);
-      launch.groups = {ceil_div(p.n, kWideRows * kWideSimdgroups), 1, p.batches};
+      launch.groups = {ceil_div(p.n, wide_outputs(launch.pipeline.rows) * kWideSimdgroups), 1,
+                       p.batches};
       launch.threads = kWideSimdgroups * kLanes;
       break;
     case Kernel::kQmmSorted:

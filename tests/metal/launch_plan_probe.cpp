@@ -40,3 +40,13 @@ extern "C" __attribute__((visibility("default"))) void group_plan(const int* p, 
   out[1] = l.threads;
   out[2] = l.pipeline.key();
 }
+
+// The name of a kernel and of its library, "" after the last.
+extern "C" __attribute__((visibility("default"))) void library(int kernel, char* out, size_t size) {
+  if (kernel > static_cast<int>(Kernel::kFlipBits)) {
+    *out = 0;
+  } else {
+    const Kernel k = static_cast<Kernel>(kernel);
+    snprintf(out, size, "%s %s", kernel_name(k), library_name(k));
+  }
+}

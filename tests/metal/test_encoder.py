@@ -98,7 +98,7 @@ def test_a_defect_in_the_encoder_is_reported(defect, tmp_path):
 
 def test_a_failing_compiler_is_quoted():
     steps = {
-        "compile": "do not compile on Apple M1, macOS Version 0",
+        "compile": "metal/qmv_wide.metal of torch_onebit does not compile on Apple M1, macOS",
         "function": "the Metal kernel qmv_wide_float_3 is missing on Apple M1",
         "pipeline": "the Metal kernel qmv_wide_float_3 has no pipeline on Apple M1",
     }
@@ -110,6 +110,21 @@ def test_a_failing_compiler_is_quoted():
     for message in steps.values():
         assert message in done.stdout, done.stderr
     assert done.stdout.count("error: made to fail") == 3
+
+
+def test_a_kernel_compiles_its_own_library_once():
+    code = (
+        PRODUCTS.split("for m in")[0]
+        + """
+compiled = torch.ops.onebit_fake.take_compiled
+for m in (1, 1, 3, 4):
+    torch.ops.onebit.qmm(torch.ones(m, 2048, device="mps"), *w, 64)
+    print(compiled().replace(chr(10), " ").strip() or "-")
+"""
+    )
+    done = run(code)
+    starts = ["// y[n] = x . dequantize", "-", "// y[m, n] = x[m, :] . d", "-"]
+    assert done.stdout.splitlines() == starts, done.stderr
 
 
 def test_a_commit_follows_every_32_launches():

@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -64,8 +65,8 @@ TABLE = [
     (1, 4097, 2560, True, M1, ("qmv", 0), (257, 1, 1), 1, "no slow path for odd n or k"),
     (1, 8, 32, True, M1, ("qmv", 0), (1, 1, 1), 1, "the smallest"),
     (2, 4096, 4096, True, M1, ("qmv_wide", 2), (512, 1, 1), 1, "two rows"),
-    (5, 4096, 4096, True, M1, ("qmv_wide", 6), (512, 1, 1), 1, "the next instance"),
-    (8, 4096, 4096, True, M1, ("qmv_wide", 8), (512, 1, 1), 1, "the widest"),
+    (5, 4096, 4096, True, M1, ("qmv_wide", 6), (1024, 1, 1), 1, "the next instance"),
+    (8, 4096, 4096, True, M1, ("qmv_wide", 8), (1024, 1, 1), 1, "the widest"),
     (9, 4096, 4096, True, M1, ("qmm", 32), (128, 1, 1), 1, "tiles"),
     (32, 4096, 4096, True, M1, ("qmm", 32), (128, 1, 1), 1, "one tile of 32 rows"),
     (33, 4096, 4096, True, M1, ("qmm", 64), (128, 1, 1), 1, "one of 64 reads w once"),
@@ -108,6 +109,22 @@ def test_splits_cover_k_without_an_empty_one(probe, k, gpu):
 def test_tiles_by_dtype(probe, dtype, gpu, rows, groups, why):
     p = plan(probe, 100, 64, 128, gpu=gpu, dtype=dtype)
     assert (p.rows, p.groups) == (rows, groups)
+
+
+def test_a_kernel_is_in_the_library_that_is_compiled_for_it(probe):
+    planned, out = {}, ctypes.create_string_buffer(100)
+    while True:
+        probe.library(len(planned), out, ctypes.c_size_t(100))
+        if not out.value:
+            break
+        kernel, library = out.value.decode().split()
+        planned[kernel] = library
+    defined = {
+        kernel: path.stem
+        for path in toolchain.SHADERS.glob("*.metal")
+        for kernel in re.findall(r"\[\[kernel\]\] void (\w+)\(", path.read_text())
+    }
+    assert planned == defined
 
 
 def test_batches_are_a_dimension_of_the_grid(probe):

@@ -231,12 +231,16 @@ def test_bfloat_takes_no_float_silently(tmp_path):
         emulator.build([path])
 
 
-def test_the_embedded_source_is_one_ascii_text():
+# Read and compiled at the first use of a kernel: bytes at most, of all the text it needs.
+MOST_BYTES = 25_000
+
+
+def test_every_shader_is_embedded_as_an_ascii_text_of_its_own():
     import embed
 
-    text = embed.shader_source(toolchain.SHADERS)
-    assert text.isascii()
-    assert '#include "' not in text
-    assert text.count("struct QmmParams") == 1
-    for shader in SHADERS:
-        assert f'"{shader.stem}_' in text or shader.stem in text
+    sources = embed.shader_sources(toolchain.SHADERS)
+    assert set(sources) == {shader.stem for shader in SHADERS}
+    for text in sources.values():
+        assert text.isascii() and len(text) <= MOST_BYTES
+        assert '#include "' not in text
+        assert text.count("struct QmmParams") == 1

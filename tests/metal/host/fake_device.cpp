@@ -216,6 +216,7 @@ TORCH_LIBRARY_IMPL(aten, MPS, m) {
 
 TORCH_LIBRARY(onebit_fake, m) {
   m.def("take_log() -> str", [] { return std::string(take_log()); });
+  m.def("take_compiled() -> str", [] { return std::string(take_compiled()); });
   m.def("fail_next(str step) -> ()", [](const std::string& step) { fail_next(step.c_str()); });
 }
 

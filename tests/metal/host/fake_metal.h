@@ -44,6 +44,9 @@ const Emulator& emulator();
 // ONEBIT_FAKE_TRAFFIC set, " index:bytes" for every buffer that was read.
 const char* take_log();
 
+// How the sources that were compiled since the last call begin, one a line.
+const char* take_compiled();
+
 // Makes the next step that can fail do so: "compile", "function" or "pipeline".
 void fail_next(const char* step);
 

@@ -86,7 +86,7 @@ namespace {
 
 bool on_queue = false;
 bool unordered = false;  // a dispatch was encoded that no barrier follows yet
-std::string dispatch_log, failing_step, dispatch_error;
+std::string dispatch_log, compiled, failing_step, dispatch_error;
 
 // ONEBIT_FAKE_GPU="9:40": of the family Apple9, with 40 cores.
 struct FakeGpu {
@@ -152,6 +152,13 @@ const char* take_log() {
   static std::string taken;
   taken = dispatch_log;
   dispatch_log.clear();
+  return taken.c_str();
+}
+
+const char* take_compiled() {
+  static std::string taken;
+  taken = compiled;
+  compiled.clear();
   return taken.c_str();
 }
 
@@ -358,6 +365,7 @@ void mark_initialised(void* data) {
   }
   TORCH_CHECK(!strstr([source UTF8String], "#include \""), "the shader source must be one text");
   if (fails("compile")) return nil;
+  compiled += std::string([source UTF8String], 24) + "\n";
   return [FakeLibrary new];
 }
 - (id<MTLComputePipelineState>)newComputePipelineStateWithFunction:(id<MTLFunction>)function
