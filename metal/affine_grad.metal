@@ -36,8 +36,8 @@ template <typename T>
   }
   for (uint b = 0; b < p.batches; b++) {
     // An index out of range names no matrix: its product was NaN and moves no gradient.
-    const long x_matrix = kIndexed ? x_index[b] : 0;
-    if (kIndexed && w_index[b] != long(group.z)) continue;
+    const long x_matrix = kIndexed ? matrix_of(x_index, p.x_repeat, p.x_matrices, b) : 0;
+    if (kIndexed && matrix_of(w_index, p.w_repeat, p.w_matrices, b) != long(group.z)) continue;
     if (x_matrix < 0 || x_matrix >= long(p.x_matrices) || !inside) continue;
     for (uint m = 0; m < p.m; m++) {
       const uint x_row = uint(x_matrix) * p.m + m, grad_row = b * p.m + m;

@@ -74,6 +74,10 @@ inline vec<float, 4> read_four(const device T* x) {
   return vec<float, 4>(*(const device vec<T, 4>*)x);
 }
 
+inline long matrix_of(const device long* index, uint repeat, uint matrices, uint b) {
+  return repeat != 0 ? long(b / repeat % matrices) : index[b];
+}
+
 // Which matrices of x and w meet in output matrix b. An index outside its range has no matrix: the
 // kernel then writes NaN, for raising an error would make every call wait for the GPU.
 struct Matrices {
@@ -87,7 +91,8 @@ inline Matrices find_matrices(const device long* x_index,
                               uint b) {
   Matrices found = {0, 0, true};
   if (kIndexed) {
-    const long x = x_index[b], w = w_index[b];
+    const long x = matrix_of(x_index, p.x_repeat, p.x_matrices, b);
+    const long w = matrix_of(w_index, p.w_repeat, p.w_matrices, b);
     found.valid = x >= 0 && x < long(p.x_matrices) && w >= 0 && w < long(p.w_matrices);
     found.x = found.valid ? uint(x) : 0;
     found.w = found.valid ? uint(w) : 0;

@@ -41,14 +41,15 @@ struct DecodeParams {
 };
 ONEBIT_CONSTANT uint32_t kDecodeThreads = 256;  // 8 values each: one byte of packed
 
-// y[b] [m, n] = x[x_index[b]] [m, k] . w[w_index[b]]; the indices are null when there is one matrix
-// of each.
+// y[b] [m, n] = x[x_index[b]] [m, k] . w[w_index[b]]. Where a repeat is not 0 there is no index:
+// the matrix is (b / repeat) % matrices.
 struct QmmParams {
   uint32_t m, n, k;
   uint32_t group_shift;
   uint32_t x_matrices, w_matrices;
   uint32_t batches;
   uint32_t split_k;  // terms of k in one split; k when the sum is not split
+  uint32_t x_repeat, w_repeat;
 };
 
 // qmv: one row of x. A simdgroup owns kQmvRows outputs.
@@ -89,6 +90,7 @@ struct AffineGradParams {
   uint32_t batches;  // matrices of the gradient
   uint32_t x_matrices, w_matrices;
   uint32_t x_by_row;  // 1 when x is by_row
+  uint32_t x_repeat, w_repeat;
 };
 ONEBIT_CONSTANT uint32_t kGradRows = 4;
 ONEBIT_CONSTANT uint32_t kGradSimdgroups = 4;

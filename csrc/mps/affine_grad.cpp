@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> affine_grad_mps(const Tensor& grad,
   check_count("packed", packed);
 
   auto grad_scales = at::empty(sizes, options), grad_biases = at::empty(sizes, options);
-  const BatchIndices index(shape, x, packed, lhs_indices, rhs_indices);
+  const BatchIndices index(shape, x, packed, lhs_indices, rhs_indices, BatchIndices::Formula::kYes);
   const AffineGradParams params = {static_cast<uint32_t>(shape.m),
                                    static_cast<uint32_t>(transpose ? shape.n : shape.k),
                                    static_cast<uint32_t>(transpose ? shape.k : shape.n),
@@ -39,7 +39,9 @@ std::tuple<Tensor, Tensor> affine_grad_mps(const Tensor& grad,
                                    index.batches,
                                    index.x_matrices,
                                    index.w_matrices,
-                                   transpose ? 0u : 1u};
+                                   transpose ? 0u : 1u,
+                                   index.x_repeat,
+                                   index.w_repeat};
   encode(Work{
       plan_affine_grad(params, type, index.indexed()),
       {aligned(grad), aligned(x), words_of(packed), grad_scales, grad_biases, index.x, index.w},

@@ -241,6 +241,7 @@ struct Product {
   DType type;    // of x and y
   DType levels;  // of scales and biases
   bool has_biases;
+  uint32_t x_repeat = 0, w_repeat = 0;  // as in QmmParams
 };
 
 struct ProductPlan {
@@ -269,7 +270,8 @@ constexpr uint8_t wide_rows(uint32_t m) {
 constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu, Kernel kernel) {
   ProductPlan plan = {};
   plan.params = {p.m,          p.n,          p.k,       group_shift(p.group_size),
-                 p.x_matrices, p.w_matrices, p.batches, p.k};
+                 p.x_matrices, p.w_matrices, p.batches, p.k,
+                 p.x_repeat,   p.w_repeat};
   plan.splits = 1;
   Launch& launch = plan.product;
   launch.pipeline = {kernel, p.type, 0, false, p.levels, p.has_biases, p.indexed};
@@ -385,6 +387,6 @@ static_assert(kTileM * 4 == kTileThreads && kTileK * 8 == kTileWideThreads && kT
 static_assert(kQvmSimdgroups == 8, "qvm reduces 8 of a lane's sums at a time");
 static_assert(static_cast<int>(Kernel::kFlipBits) < 16, "4 bits of a key");
 static_assert(kWideMaxM < 2 * kTileM && 2 * kTileM < 128, "7 bits of a key");
-static_assert(sizeof(QmmParams) == 32 && sizeof(AffineGradParams) == 32, "no padding");
+static_assert(sizeof(QmmParams) == 40 && sizeof(AffineGradParams) == 40, "no padding");
 
 }  // namespace onebit::mps

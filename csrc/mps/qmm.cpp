@@ -53,7 +53,8 @@ Tensor product_mps(const Operands& o) {
   check_count("packed", o.packed);
   check_count("the result", y);
 
-  const BatchIndices index(shape, x, o.packed, o.lhs_indices, o.rhs_indices);
+  const BatchIndices index(shape, x, o.packed, o.lhs_indices, o.rhs_indices,
+                           BatchIndices::Formula::kYes);
   const Product p = {static_cast<uint32_t>(shape.m),
                      static_cast<uint32_t>(shape.n),
                      static_cast<uint32_t>(shape.k),
@@ -66,7 +67,9 @@ Tensor product_mps(const Operands& o) {
                      o.sorted_indices,
                      type,
                      levels,
-                     o.biases.has_value()};
+                     o.biases.has_value(),
+                     index.x_repeat,
+                     index.w_repeat};
   const ProductPlan plan = mps::plan(p);
   const auto biases = o.biases ? o.biases->contiguous() : Tensor();
   const auto inputs = [&](const Tensor& out) {

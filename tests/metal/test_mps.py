@@ -1,5 +1,7 @@
 """The MPS operators from the call to the shader, through the real encoder on a fake Metal."""
 
+import math
+
 import emulator
 import pytest
 import reference
@@ -330,3 +332,67 @@ def test_flushed_subnormals_change_no_bit_of_quantize():
     assert np.array_equal(packed, expected[0].numpy().view(np.uint32))
     assert np.array_equal(scales.view(np.uint32), expected[1].numpy().view(np.uint32))
     assert np.array_equal(biases.view(np.uint32), expected[2].numpy().view(np.uint32))
+
+
+# What a call launches besides its kernel: each costs as much time as a small product.
+HELPERS = {
+    "two dimensions": (0, lambda x, *w: ops.qmm(x[0, 0], *(t[0] for t in w), 64)),
+    "x in two batches, one matrix": (0, lambda x, *w: ops.qmm(x, *(t[0] for t in w), 64)),
+    "storage offsets": (0, lambda x, *w: ops.qmm(x[1, 1], *(t[1] for t in w), 64)),
+    "no biases": (0, lambda x, p, s, b: ops.qmm(x[0, 0], p[0], s[0], None, 64)),
+    "x apart: a copy": (1, lambda x, *w: ops.qmm(x[0, 0].mT.clone().mT, *(t[0] for t in w), 64)),
+    "a matrix for each batch": (0, lambda x, *w: ops.qmm(x[0], *w, 64)),
+    "matrices shared by batches": (0, lambda x, *w: ops.qmm(x, *w, 64)),
+    "gather": (0, lambda x, *w: ops.gather_qmm(x[0], *w, None, INDEX, 64)),
+    "gather, both": (0, lambda x, *w: ops.gather_qmm(x[0], *w, INDEX, INDEX, 64)),
+    "gather by int32: a conversion": (
+        1,
+        lambda x, *w: ops.gather_qmm(x[0], *w, INT_INDEX, INDEX, 64),
+    ),
+    "embedding": (0, lambda x, p, s, b: ops.embedding(INDEX, p[0], s[0], b[0], 64)),
+    "dequantize": (0, lambda x, *w: ops.dequantize(*w, 64)),
+    "quantize": (0, lambda x, *w: ops.quantize(x, 64)),
+}
+INDEX = torch.tensor([1, 0], device="mps")
+INT_INDEX = INDEX.int()
+
+
+@pytest.mark.parametrize("call", HELPERS)
+def test_operators_launch_their_kernel_and_nothing_else(call):
+    expected, op = HELPERS[call]
+    packed, scales, biases = weights(2, 40, 128, group_size=64)
+    x = torch.randn(2, 2, 3, 128, device="mps")
+    torch.ops.onebit_fake.take_helpers()
+    log()
+    op(x, packed, scales, biases)
+    assert len(kernels_of(log())) == 1
+    assert torch.ops.onebit_fake.take_helpers() == expected
+
+
+# dimensions of batches of x, of w, why
+BROADCASTS = [
+    ((6,), (1,), "one matrix"),
+    ((2, 3), (3,), "w repeats as a whole"),
+    ((2, 3), (2, 1), "each of w three times"),
+    ((1, 3), (2, 1), "both repeat"),
+    ((1, 1), (2, 3), "one of x"),
+    ((2, 1, 3), (2, 1), "x repeats between two of its dimensions: no formula"),
+    ((2, 1, 1), (3, 2), "w repeats before, x within"),
+]
+
+
+@pytest.mark.parametrize("of_x, of_w, why", BROADCASTS)
+def test_matrices_are_broadcast_as_on_the_cpu(of_x, of_w, why):
+    packed, scales, biases = (
+        t.view(*of_w, 8, -1) for t in weights(math.prod(of_w) * 8, 64, group_size=64)
+    )
+    x = torch.randn(*of_x, 2, 64).to("mps")
+    arguments = (x, packed, scales, biases)
+    expected = ops.qmm(*(t.cpu() for t in arguments), 64)
+    torch.testing.assert_close(ops.qmm(*arguments, 64).cpu(), expected, rtol=1e-5, atol=1e-5)
+    grad = torch.randn(expected.shape)
+    rest = (None, None, 64)
+    levels = ops.affine_grad(grad, x.cpu(), packed.cpu(), *rest)
+    ours = ops.affine_grad(grad.to("mps"), x, packed, *rest)
+    for a, b in zip(ours, levels, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-4)

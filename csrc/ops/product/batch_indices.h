@@ -24,27 +24,61 @@ inline Tensor batch_index(const OptionalTensor& indices,
   return index.expand(batch).contiguous();
 }
 
+// Without indices the matrix of batch b is most often (b / repeat) % count; what repeat is then.
+// 0 when it is no such formula.
+inline uint32_t repeat_of(at::IntArrayRef matrices, at::IntArrayRef batch) {
+  const int64_t count = c10::multiply_integers(matrices);
+  int64_t repeat = 1, inner = 1;
+  bool started = false;
+  for (size_t i = 0; i < batch.size(); i++) {
+    const int64_t size = batch[batch.size() - 1 - i];
+    const int64_t own = i < matrices.size() ? matrices[matrices.size() - 1 - i] : 1;
+    if (own == size) {
+      started = started || size > 1;
+      inner *= size;
+    } else if (!started) {
+      repeat *= size;
+    } else if (inner != count) {
+      return 0;  // repeats between two of its own dimensions
+    }
+  }
+  return static_cast<uint32_t>(repeat);
+}
+
 // Which matrices of x and of packed meet in each output matrix. Undefined when there is one of
 // each.
 struct BatchIndices {
   Tensor x, w;
   uint32_t batches = 1, x_matrices = 1, w_matrices = 1;
+  uint32_t x_repeat = 0, w_repeat = 0;  // where not 0, a formula takes the place of the tensor
+
+  // For kernels that know the formula; the others need a tensor of both.
+  enum class Formula { kNo, kYes };
 
   BatchIndices(const QmmShape<int64_t>& shape,
                const Tensor& x_values,
                const Tensor& packed,
                const OptionalTensor& lhs_indices,
-               const OptionalTensor& rhs_indices) {
+               const OptionalTensor& rhs_indices,
+               Formula formula = Formula::kNo) {
     if (packed.dim() == 2 && !lhs_indices && !rhs_indices && shape.batch.empty()) return;
     const auto of_x = x_values.sizes().slice(0, std::max<int64_t>(x_values.dim() - 2, 0));
     const auto of_w = packed.sizes().slice(0, packed.dim() - 2);
-    x = batch_index(lhs_indices, of_x, shape.batch, x_values);
-    w = batch_index(rhs_indices, of_w, shape.batch, x_values);
-    batches = static_cast<uint32_t>(x.numel());
+    if (formula == Formula::kYes) {
+      if (!lhs_indices) x_repeat = repeat_of(of_x, shape.batch);
+      if (!rhs_indices) w_repeat = repeat_of(of_w, shape.batch);
+    }
+    if (x_repeat == 0) x = batch_index(lhs_indices, of_x, shape.batch, x_values);
+    if (w_repeat == 0) w = batch_index(rhs_indices, of_w, shape.batch, x_values);
+    indexed_ = true;
+    batches = static_cast<uint32_t>(c10::multiply_integers(shape.batch));
     x_matrices = static_cast<uint32_t>(c10::multiply_integers(of_x));
     w_matrices = static_cast<uint32_t>(c10::multiply_integers(of_w));
   }
-  bool indexed() const { return x.defined(); }
+  bool indexed() const { return indexed_; }
+
+ private:
+  bool indexed_ = false;
 };
 
 }  // namespace onebit

@@ -11,6 +11,7 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <utility>
 #include <vector>
 
 #include "fake_metal.h"
@@ -167,11 +168,15 @@ c10::IValue from_cpu(const c10::IValue& value, const std::vector<Alias>& aliases
   return value;
 }
 
+// Operators of PyTorch that a Mac's GPU would run.
+int64_t helpers = 0;
+
 void run_on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   // What has no Metal kernel here has none on a Mac.
   TORCH_CHECK_NOT_IMPLEMENTED(schema.name().rfind("onebit::", 0) != 0, schema.name(),
                               " has no kernel for mps");
+  helpers++;
   std::vector<Alias> aliases;
   const size_t first = stack->size() - schema.arguments().size();
   for (size_t i = 0; i < schema.arguments().size(); i++) {
@@ -216,6 +221,7 @@ TORCH_LIBRARY_IMPL(aten, MPS, m) {
 
 TORCH_LIBRARY(onebit_fake, m) {
   m.def("take_log() -> str", [] { return std::string(take_log()); });
+  m.def("take_helpers() -> int", [] { return std::exchange(helpers, 0); });
   m.def("take_compiled() -> str", [] { return std::string(take_compiled()); });
   m.def("fail_next(str step) -> ()", [](const std::string& step) { fail_next(step.c_str()); });
 }
