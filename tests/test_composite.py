@@ -13,8 +13,51 @@ from test_errors import OUT_OF_RANGE, ROWS, valid
 from test_golden import assert_same_bits
 from test_quantize import INPUTS
 from torch._C import DispatchKey, DispatchKeySet
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 ops = torch.ops.onebit
+
+PRODUCTS = {  # how x, packed and indices are shaped; None where there is no index
+    "matrix": ((5, 64), (8, 2), None),
+    "batch": ((3, 5, 64), (3, 8, 2), None),
+    "gathered": ((4, 5, 64), (3, 8, 2), [2, 0, 0, 1]),
+}
+
+
+def product_of(x_shape, packed_shape, indices, device="cpu"):
+    """A call of qmm or gather_qmm and its arguments."""
+    x = torch.randn(x_shape, device=device)
+    packed = torch.randint(-(2**31), 2**31, packed_shape, dtype=torch.int32, device=device)
+    scales = torch.randn(*packed_shape[:-1], 1, device=device)
+    if indices is None:
+        return lambda *a: ops.qmm(*a, 64), [x, packed, scales, scales - 1]
+    rhs = torch.tensor(indices, device=device)
+    return lambda *a: ops.gather_qmm(*a[:4], None, a[4], 64), [x, packed, scales, scales - 1, rhs]
+
+
+def traced(case, device):
+    """The graph of a product on a device that need not be there."""
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        call, arguments = product_of(*PRODUCTS[case], device)
+        return make_fx(call, tracing_mode="symbolic", pre_dispatch=False)(*arguments)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_compilers_see_what_a_product_is_made_of_where_there_are_no_kernels(case):
+    """To fuse it; and hear no warning, for then nothing is slow."""
+    kernels = {str(node.target) for node in traced(case, "cpu").graph.nodes}
+    assert any("onebit" in name for name in kernels)
+    graph = traced(case, "xpu")
+    assert not any("onebit" in str(node.target) for node in graph.graph.nodes)
+    for node in graph.graph.nodes:  # run it here
+        if "device" in node.kwargs:
+            node.update_kwarg("device", torch.device("cpu"))
+    graph.recompile()
+    call, arguments = product_of(*PRODUCTS[case])
+    torch.testing.assert_close(graph(*arguments), call(*arguments))
 
 
 def composite(op, *args, **kwargs):
@@ -106,6 +149,9 @@ def test_composite_announces_itself_once(op, rest):
     script = f"""
 import torch, torch_onebit
 from torch._C import DispatchKey, DispatchKeySet
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 op, w = torch.ops.onebit.{op}.default, torch.randn(2, 64)
 for _ in range(3):
     op.redispatch(DispatchKeySet(DispatchKey.XPU), w, {rest})

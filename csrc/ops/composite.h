@@ -9,10 +9,17 @@
 
 namespace onebit {
 
-#define ONEBIT_WARN_SLOW(op, tensor)                                                     \
-  TORCH_WARN_ONCE("torch_onebit has no kernel of " op " for ", (tensor).device().type(), \
-                  " devices: it runs as plain PyTorch operators, correctly "             \
-                  "and slowly")
+// A compiler that traces through them fuses them: nothing is slow, and nothing is announced.
+inline bool is_traced(const Tensor& t) {
+  return t.unsafeGetTensorImpl()->key_set().has(c10::DispatchKey::Python);
+}
+
+#define ONEBIT_WARN_SLOW(op, tensor)                                                       \
+  do {                                                                                     \
+    if (is_traced(tensor)) break;                                                          \
+    TORCH_WARN_ONCE("torch_onebit has no kernel of " op " for ", (tensor).device().type(), \
+                    " devices: it runs as plain PyTorch operators, correctly and slowly"); \
+  } while (false)
 
 // [..., k] to [..., k / size, size]; a size of -1 would be ambiguous where t is empty.
 inline Tensor split_last(const Tensor& t, int64_t size) {

@@ -9,6 +9,7 @@ A module has the operators of one kind, and for each what PyTorch asks of it: a 
 """
 
 import torch
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
 from torch_onebit.ops import codec, levels, levels_composite, product
 from torch_onebit.ops.codec import dequantize, embedding, quantize
@@ -65,4 +66,7 @@ def register() -> None:
     for module in (product, codec, levels):
         for name, rule in module.VMAP_RULES.items():
             torch.library.register_vmap(f"onebit::{name}", rule)
+    for name in ("qmm", "gather_qmm"):
+        rule = product.fuse_where_there_are_no_kernels
+        torch.library.register_torch_dispatch(f"onebit::{name}", ProxyTorchDispatchMode, rule)
     levels_composite.register()

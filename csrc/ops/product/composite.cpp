@@ -18,13 +18,14 @@ namespace {
 // The matrices of t [..., a, b] that indices name, or all of them: [..., a, b].
 Tensor pick_matrices(const Tensor& t, const OptionalTensor& indices) {
   if (!indices) return t;
-  auto sizes = indices->sizes().vec();
-  sizes.insert(sizes.end(), {t.size(-2), t.size(-1)});
-  return as_matrices(t).index_select(0, indices->reshape(-1)).reshape(sizes);
+  auto sizes = indices->sym_sizes().vec();
+  sizes.insert(sizes.end(), {t.sym_size(-2), t.sym_size(-1)});
+  return as_matrices(t).index_select(0, indices->reshape(-1)).reshape_symint(sizes);
 }
 
+// Sizes may be symbols: compilers trace through it.
 Tensor product_composite(const Operands& o) {
-  const auto shape = check_product<int64_t>(o);
+  const auto shape = check_product<c10::SymInt>(o);
   if (o.form == Form::kGather) {
     ONEBIT_WARN_SLOW("gather_qmm", o.x);
   } else {
@@ -38,7 +39,7 @@ Tensor product_composite(const Operands& o) {
   const auto x = pick_matrices(o.x, o.lhs_indices).to(type);
   return at::matmul(x, o.transpose ? w.transpose(-1, -2) : w)
       .to(o.x.scalar_type())
-      .reshape(shape.y);
+      .reshape_symint(shape.y);
 }
 
 std::tuple<Tensor, Tensor> affine_grad_composite(const Tensor& grad,
