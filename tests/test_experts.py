@@ -271,13 +271,34 @@ def test_experts_left_float_beside_packed_ones(tmp_path):
     assert_same(model, again)
 
 
-@pytest.mark.parametrize("how", ["save_checkpoint", "save_pretrained"])
-def test_mlx_lm_reads_what_we_save(how, tmp_path):
+def test_float_experts_in_a_folder_of_mlx(tmp_path):
+    model = onebit(skip=["0.mlp.experts"])
+    save_checkpoint(model, tmp_path)
+    assert_same(load_checkpoint(tmp_path, build()), model)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert_same(loaded, model)
+    with pytest.raises(CheckpointError, match="must be of 1 bit in this model, got a dense tensor"):
+        load_checkpoint(tmp_path, onebit())
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
+
+
+SAVED = [
+    ("save_checkpoint", ()),
+    ("save_pretrained", ()),
+    ("save_checkpoint", ["0.mlp.experts"]),
+    ("save_pretrained", ["0.mlp.experts"]),
+]
+
+
+@pytest.mark.parametrize("how, skip", SAVED)
+def test_mlx_lm_reads_what_we_save(how, skip, tmp_path):
     pytest.importorskip("mlx_lm")
     import mlx.core as mx
     from mlx_lm.utils import load_model
 
-    model = onebit()
+    model = onebit(skip=skip)
     if how == "save_checkpoint":
         save_checkpoint(model, tmp_path)
     else:

@@ -198,13 +198,16 @@ class _LayerTarget:
 class _ExpertsTarget:
     """The three stacks of a mixture's experts in the file, and the module that gets them."""
 
-    layers: dict[str, tuple[str, Layer]]  # by projection: path in the file
+    layers: dict[str, tuple[str, Layer | None]]  # by projection: path in the file; None: dense
     place: _Place
 
     def load(self, source: Source, path: str, device: torch.device | str | None) -> None:
         experts = self.place.value
-        if not all(layer.one_bit for _, layer in self.layers.values()):
-            stacks = {name: source.dequantized(*found) for name, found in self.layers.items()}
+        if not all(layer and layer.one_bit for _, layer in self.layers.values()):
+            stacks = {
+                name: source.dequantized(p, layer) if layer else source.tensor(f"{p}.weight")
+                for name, (p, layer) in self.layers.items()
+            }
             gate_up = torch.cat([stacks["gate_proj"], stacks["up_proj"]], 1)
             _fill([_Place(experts, "gate_up_proj")], gate_up, device)
             return _fill([_Place(experts, "down_proj")], stacks["down_proj"], device)
@@ -253,7 +256,7 @@ def _plan(model: nn.Module, source: Source, other_bits: str, strict: bool) -> _P
     experts = _experts(modules, source)
     for path, stacks in experts.items():
         plan.layers[path] = _ExpertsTarget(stacks, _place(modules, path))
-        other += [f"{p}: {layer}" for p, layer in stacks.values() if not layer.one_bit]
+        other += [f"{p}: {layer}" for p, layer in stacks.values() if layer and not layer.one_bit]
         filled |= {name for name in names_of if name.startswith(f"{path}.")}
     in_experts = {p for stacks in experts.values() for p, _ in stacks.values()}
     for path in source.paths:
@@ -281,6 +284,8 @@ def _plan(model: nn.Module, source: Source, other_bits: str, strict: bool) -> _P
             f"layers must be of 1 bit, got {_some(other)}; other_bits='dequantize' makes them dense"
         )
     for name in source.names:
+        if name.removesuffix(".weight") in in_experts:
+            continue
         if name not in names_of:
             unexpected.append(name)
             continue
@@ -302,27 +307,31 @@ def _plan(model: nn.Module, source: Source, other_bits: str, strict: bool) -> _P
 
 def _experts(
     modules: dict[str, nn.Module], source: Source
-) -> dict[str, dict[str, tuple[str, Layer]]]:
-    """By the path of experts in the model: their stacks in the file, checked."""
-    found: dict[str, dict[str, tuple[str, Layer]]] = {}
-    known = set(source.paths)
+) -> dict[str, dict[str, tuple[str, Layer | None]]]:
+    """By the path of experts in the model: their stacks in the file, checked; None for dense."""
+    found: dict[str, dict[str, tuple[str, Layer | None]]] = {}
+    quantized, names = set(source.paths), set(source.names)
     for path, module in modules.items():
         packed = isinstance(module, OneBitExperts)
         if not packed and not (is_experts(module) and experts_obstacle(module) is None):
             continue
         shapes = projection_shapes(module)
         paths = {name: stored_path(path, name) for name in shapes}
-        stored = [p for p in paths.values() if p in known]
+        stored = [p for p in paths.values() if p in quantized or f"{p}.weight" in names]
         if not stored:
             continue
-        stacks = {}
+        stacks: dict[str, tuple[str, Layer | None]] = {}
         for name, stored_as in paths.items():
-            if stored_as not in known:
+            if stored_as not in stored:
                 raise CheckpointError(f"{stored[0]} must have {stored_as} beside it, got none")
-            layer = source.layer(stored_as, shapes[name][-1])
-            _check_shape(stored_as, layer.shape, shapes[name])
-            if packed and not layer.one_bit:
-                raise CheckpointError(f"{stored_as} must be of 1 bit in this model, got {layer}")
+            layer = source.layer(stored_as, shapes[name][-1]) if stored_as in quantized else None
+            shape = layer.shape if layer else source.shape(f"{stored_as}.weight")
+            _check_shape(stored_as, shape, shapes[name])
+            what = str(layer) if layer else "a dense tensor"
+            if packed and not (layer and layer.one_bit):
+                raise CheckpointError(f"{stored_as} must be of 1 bit in this model, got {what}")
+            if (layer is None) != (stored[0] not in quantized):
+                raise CheckpointError(f"{stored_as} must be stored as {stored[0]} is, got {what}")
             stacks[name] = (stored_as, layer)
         found[path] = stacks
     return found

@@ -11,6 +11,7 @@ from torch_onebit.checkpoint import CheckpointError, Packed, save_gguf, save_mlx
 from torch_onebit.checkpoint.gguf_tokenizer import tokenizer_entries
 from torch_onebit.checkpoint.mlx import MAX_SHARD_BYTES
 from torch_onebit.checks import check_count, check_model
+from torch_onebit.float_layers import experts_obstacle, is_experts
 from torch_onebit.nn import OneBitModule, OneBitStack, PrepackedLinear
 
 
@@ -127,7 +128,13 @@ def packed_layers(
 
 
 def other_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the state_dict that is not a 1-bit layer's weights; shared ones once."""
+    """Every tensor of the state_dict that is not a 1-bit layer's weights; shared ones once, float
+    experts as mlx-lm has them."""
+    experts = {
+        path
+        for path, module in model.named_modules()
+        if is_experts(module) and experts_obstacle(module) is None
+    }
     packed = {
         f"{path}.{entry}"
         for path, module in model.named_modules(remove_duplicate=False)
@@ -141,7 +148,14 @@ def other_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if tensor.is_meta:
             raise CheckpointError(f"{name} must be in memory, got it on meta")
         seen.add(id(tensor))
-        yield name, tensor.detach()
+        owner, _, entry = name.rpartition(".")
+        if owner not in experts:
+            yield name, tensor.detach()
+            continue
+        halves = tensor.detach().chunk(2, dim=1) if entry == "gate_up_proj" else [tensor.detach()]
+        projections = ["gate_proj", "up_proj"] if entry == "gate_up_proj" else [entry]
+        for projection, half in zip(projections, halves, strict=True):
+            yield f"{stored_path(owner, projection)}.weight", half
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:

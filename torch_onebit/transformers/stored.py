@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
     ConversionOps,
     WeightConverter,
     WeightRenaming,
@@ -139,6 +140,10 @@ def read_layers(
         elif have:
             dense(f"{path}.gate_up_proj", gate, up)
             dense(f"{path}.down_proj", down)
+        else:  # float stacks, if the folder has those
+            parts = [_pattern(model, f"{name}.weight") for name in (gate, up, down)]
+            merge = WeightConverter(parts[:2], f"{path}.gate_up_proj", [Concatenate(dim=1)])
+            stored.conversions += [merge, WeightRenaming(parts[2], f"{path}.down_proj")]
         for name in have:
             del layers[name]
     for name, layer in layers.items():
