@@ -99,3 +99,17 @@ def test_a_pipeline_generates_text(tmp_path):
     text = pipe("1 2 3", **options)[0]["generated_text"]
     expected = model.generate(torch.tensor([[1, 2, 3]]), **options)[0]
     assert text.replace(" ", "") == "".join(str(int(i)) for i in expected)
+
+
+def test_a_tied_model_made_empty_and_filled_by_assignment_stays_tied():
+    from accelerate import init_empty_weights
+
+    model = onebit("tied")
+    with init_empty_weights(include_buffers=True):
+        empty = quantize_(build(*MODELS["tied"][:1], tied=True), group_size=32)
+    assert empty.lm_head.weight.is_meta
+    empty.load_state_dict(model.state_dict(), assign=True)
+    for key in ("weight", "scales", "biases"):
+        own, other = (getattr(m, key) for m in (empty.lm_head, empty.model.embed_tokens))
+        assert own.data_ptr() == other.data_ptr(), key
+    assert_same(empty, model)

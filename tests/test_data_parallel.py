@@ -1,4 +1,4 @@
-"""FSDP2 in two processes: sharded training takes the steps of plain training."""
+"""FSDP2 and DDP in two processes: halves of a batch take the steps of plain training."""
 
 import copy
 import functools
@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 from two_processes import PROCESSES, outcomes
 
@@ -62,37 +63,53 @@ def train(model: nn.Module, tokens: torch.Tensor) -> list[float]:
     return losses
 
 
-def compare(make) -> str:
-    """What differs between sharded training on halves of a batch and plain training; or ""."""
+def shard(model: nn.Module) -> nn.Module:
+    mesh = dist.init_device_mesh("cpu", (PROCESSES,))
+    fully_shard(model.body, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def compare(make, wrap) -> str:
+    """What differs between training on halves of a batch and plain training; or ""."""
     plain = make()
     tokens = torch.randint(20, (4, 9))
     model = copy.deepcopy(plain)
-    mesh = dist.init_device_mesh("cpu", (PROCESSES,))
-    fully_shard(model.body, mesh=mesh)
-    fully_shard(model, mesh=mesh)
     losses = train(plain, tokens)
-    train(model, tokens.chunk(PROCESSES)[dist.get_rank()])
+    own = train(wrap(model), tokens.chunk(PROCESSES)[dist.get_rank()])
     if not losses[-1] < losses[0]:
         return f"losses {losses} do not fall"
+    mean = torch.tensor(own)
+    dist.all_reduce(mean)
+    torch.testing.assert_close(mean / PROCESSES, torch.tensor(losses))
     words = {name: b for name, b in model.named_buffers()}
     for name, expected in plain.named_buffers():
         if not torch.equal(words[name], expected):
             return f"{name} changed"
-    sharded = dict(model.named_parameters())
+    trained = dict(model.named_parameters())
     for name, expected in plain.named_parameters():
-        torch.testing.assert_close(sharded[name].full_tensor(), expected, msg=name)
+        got = trained[name]
+        got = got.full_tensor() if hasattr(got, "full_tensor") else got
+        torch.testing.assert_close(got, expected, msg=name)
     return ""
 
 
+ENGINES = {"FSDP2": shard, "DDP": DistributedDataParallel}
+CASES = [f"{engine}: {model}" for engine in ENGINES for model in MODELS]
+
+
 def cases(folder):
-    return {name: functools.partial(compare, make) for name, make in MODELS.items()}
+    found = {}
+    for case in CASES:
+        engine, model = case.split(": ")
+        found[case] = functools.partial(compare, MODELS[model], ENGINES[engine])
+    return found
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return outcomes(cases, tmp_path_factory.mktemp("fsdp"))
+    return outcomes(cases, tmp_path_factory.mktemp("data_parallel"))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_sharded_training_matches(name, results):
+@pytest.mark.parametrize("name", CASES)
+def test_training_matches(name, results):
     assert [of_rank[name] for of_rank in results] == [""] * PROCESSES
