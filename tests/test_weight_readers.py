@@ -13,6 +13,7 @@ from torch_onebit import (
     add_lora_,
     calibrate_,
     convert_,
+    dequantize_,
     prepare_qat_,
     quantize_,
     report,
@@ -147,13 +148,59 @@ def test_a_packed_projection_put_into_attention_raises(grad):
         attention(SRC, SRC, SRC)
 
 
-def test_batch_norm_is_fused_into_latent_weights_whose_levels_follow():
-    layer = QATLinear(nn.Linear(32, 8), method="mean", group_size=32).eval()
-    norm = nn.BatchNorm1d(8).eval()
+def scaling_norm(rows):
+    """What norms are fused by: positive, negative and zero factors."""
+    norm = nn.BatchNorm1d(rows).eval()
     norm.running_mean.normal_()
     norm.running_var.uniform_(1, 2)
-    x = torch.randn(4, 32)
-    torch.testing.assert_close(fuse_linear_bn_eval(layer, norm)(x), norm(layer(x)))
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(-2, 2, rows).round())
+        norm.bias.normal_()
+    return norm
+
+
+FUSED = {  # how a QAT layer came about
+    "mean": lambda linear: QATLinear(linear, method="mean", group_size=32),
+    "learnable": lambda linear: QATLinear(linear, method="learnable", group_size=32),
+    "symmetric": lambda linear: QATLinear(
+        linear, method="learnable", group_size=32, symmetric=True
+    ),
+    "from packed": lambda linear: QATLinear(
+        OneBitLinear.from_linear(linear, group_size=32), method="learnable", group_size=32
+    ),
+    "bfloat16": lambda linear: QATLinear(
+        linear.bfloat16(), method="learnable", group_size=32
+    ).float(),
+}
+
+
+@pytest.mark.parametrize("how", FUSED)
+def test_batch_norm_is_fused_into_latent_weights_and_levels_follow(how):
+    layer = FUSED[how](nn.Linear(64, 8)).eval()
+    with torch.no_grad():
+        if layer.scales is not None:  # trained: no longer those of the weights
+            layer.scales.mul_(torch.empty_like(layer.scales).uniform_(0.5, 1.5))
+    norm, x = scaling_norm(8), torch.randn(4, 64)
+    expected = norm(layer(x))
+    fused = fuse_linear_bn_eval(layer, norm)
+    torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm(layer(x)), expected)
+    packed = convert_(nn.Sequential(fused))
+    torch.testing.assert_close(packed(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_whose_levels_cannot_follow_is_no_silent_mistake():
+    layer = QATLinear(nn.Linear(64, 8), method="learnable", group_size=32)
+    with pytest.raises(ValueError, match="weight must have rows that are multiples"):
+        layer.weight = nn.Parameter(torch.randn(8, 64))
+    other = QATLinear(nn.Linear(64, 8), method="learnable", group_size=32)
+    layer.load_state_dict(other.state_dict(), assign=True)  # brings its levels
+    x = torch.randn(2, 64)
+    assert torch.equal(layer(x), other(x))
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    square = QATLinear(conv1d(64, 64), group_size=32).eval()
+    with pytest.raises(ValueError, match="in a Conv1D"):
+        fuse_linear_bn_eval(square, scaling_norm(64))
 
 
 TIED = {  # what stays float: what transformers' tie_weights says
@@ -232,3 +279,144 @@ def test_adapters_of_peft_stay_float():
     found = report(model)
     assert len(found.layers) == 2 and all("base_layer" in row.name for row in found.layers)
     assert sum(row.reason == "an adapter of peft, trained in float" for row in found.left) == 4
+
+
+class TiedByHand(nn.Module):
+    """A head that many a language model computes from its embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner = nn.Embedding(16, 32), nn.Linear(32, 32)
+        self.more = nn.Sequential(nn.Linear(32, 32))
+
+    def forward(self, x):
+        return self.inner(self.embed(x)) @ self.embed.weight.t()
+
+
+class Aliased(TiedByHand):
+    def forward(self, x):
+        embed = self.embed
+        return nn.functional.linear(self.inner(embed(x)), embed.weight)
+
+
+class HandedOn(TiedByHand):
+    def __init__(self):
+        super().__init__()
+        self.head = Head()
+
+    def forward(self, x):
+        return self.head(self.inner(self.embed(x)), embedding=self.embed)
+
+
+class Head(nn.Module):
+    def forward(self, x, embedding):
+        return x @ embedding.weight.t()
+
+
+class CastsToWeights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(16, 32), nn.ModuleList([nn.Linear(32, 32)])
+
+    def forward(self, x):
+        x = self.embed(x)
+        for layer in self.layers:
+            x = layer(x.to(layer.weight.dtype))
+        return x
+
+
+typed = {"TiedByHand": TiedByHand}
+exec(
+    "class Typed(TiedByHand):\n"
+    "    def forward(self, x):\n"
+    "        return self.inner(self.embed(x)) @ self.embed.weight.t()",
+    typed,
+)
+READERS = {  # a model, and which of its layers stay float
+    "tied by hand": (TiedByHand, {"embed"}),
+    "through a variable": (Aliased, {"embed"}),
+    "handed on to a head": (HandedOn, {"embed"}),
+    "casts to its dtype": (CastsToWeights, {"layers.0"}),
+    "without source": (typed["Typed"], {"embed", "inner"}),
+}
+
+
+@pytest.mark.parametrize("step", ["quantize_", "prepare_qat_", "calibrate_"])
+@pytest.mark.parametrize("which", READERS)
+def test_layers_whose_weight_the_model_reads_stay_float(which, step):
+    make, stay = READERS[which]
+    model, x = make(), torch.arange(16).view(2, 8)
+    if step == "calibrate_":
+        calibrate_(model, [x], group_size=32, progress=False)
+    else:
+        {"quantize_": quantize_, "prepare_qat_": prepare_qat_}[step](model, group_size=32)
+    kinds = {name for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Embedding)}
+    assert kinds == stay
+    assert all(r.reason.endswith("reads its weight") for r in report(model).left if r.name in stay)
+    y = model(x)
+    if step == "prepare_qat_":
+        torch.testing.assert_close(convert_(model)(x), y)
+
+
+def test_what_asks_for_shape_or_device_reads_nothing():
+    class Asks(TiedByHand):
+        def reset_parameters(self):
+            nn.init.normal_(self.inner.weight)
+
+        def forward(self, x):
+            assert isinstance(self.inner.weight, torch.Tensor)
+            x = x.to(self.embed.weight.device)
+            return self.inner(self.embed(x)).view(*x.shape, self.inner.weight.shape[0])
+
+    assert not [row for row in report(quantize_(Asks(), group_size=32)).left if row.kind]
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 48}
+WIDE = SIZES | {"intermediate_size": 64}
+OF_TRANSFORMERS = {  # config, auto class, sizes, and what of it is read, by the end of its name
+    "casts to wo's dtype": (
+        "T5",
+        "T5ForConditionalGeneration",
+        {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 48},
+        "wo",
+    ),
+    "multiplies by dt_proj": ("Mamba", "MambaForCausalLM", SIZES, "dt_proj"),
+    "projects in F.multi_head_attention_forward": (
+        "WavLM",
+        "WavLMModel",
+        WIDE | {"conv_dim": (32,), "conv_kernel": (4,), "conv_stride": (4,)},
+        "q_proj",
+    ),
+    "hands its embedding to the head": (
+        "Deberta",
+        "DebertaForMaskedLM",
+        WIDE | {"legacy": False},
+        "word_embeddings",
+    ),
+    "joins the weights of its head": (
+        "MobileBert",
+        "MobileBertForMaskedLM",
+        WIDE | {"embedding_size": 16, "intra_bottleneck_size": 32, "true_hidden_size": 32},
+        "predictions.decoder",
+    ),
+}
+
+
+@pytest.mark.parametrize("which", OF_TRANSFORMERS)
+def test_models_of_transformers_that_read_weights_work(which):
+    """1-bit layers give what their dequantized twins give, so that nothing else is made of them."""
+    transformers = pytest.importorskip("transformers")
+    name, kind, sizes, read = OF_TRANSFORMERS[which]
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, f"{name}Config")(**sizes)).eval()
+    ids = torch.arange(12).view(1, 12)
+    x = {"input_values": torch.randn(1, 400)} if name == "WavLM" else {"input_ids": ids}
+    x |= {"decoder_input_ids": ids} if name == "T5" else {}
+    trained = prepare_qat_(copy.deepcopy(model), group_size=32)
+    quantize_(model, group_size=32)
+    left = {row.name: row.reason for row in report(model).left}
+    assert any(n.endswith(read) and "reads its weight" in why for n, why in left.items()), left
+    y = trained(**x)[0]
+    torch.testing.assert_close(convert_(trained)(**x)[0], y, rtol=1e-3, atol=1e-4)
+    y = model(**x)[0]
+    torch.testing.assert_close(dequantize_(model)(**x)[0], y, rtol=1e-3, atol=1e-4)

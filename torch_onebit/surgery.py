@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from torch_onebit.checks import check_callable, check_group_size, check_model, check_skip
 from torch_onebit.float_layers import shape_of
 from torch_onebit.nn.fast_path import carry_hooks
+from torch_onebit.readers import readers
 from torch_onebit.reports import LayerRow, Report, record, weight_bytes
 
 FilterFn = Callable[[nn.Module, str], "bool | dict[str, Any]"]
@@ -101,7 +102,7 @@ class Surgery:
         self._stayed: dict[int, tuple[str, nn.Module]] = {}
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
         jobs: dict[int, Job] = {}
-        adapters = _adapters(model)
+        adapters, read_by = _adapters(model), readers(model)
         holders: dict[tuple[int, ...], set[int]] = {}  # layers by their weight
         for name, parent, attribute, layer in _places(model, wanted):
             holders.setdefault(_weight_id(layer), set()).add(id(layer))
@@ -110,6 +111,8 @@ class Surgery:
                 reason = check(layer, options) if check else None
                 if name in adapters:
                     reason = "an adapter of peft, trained in float"
+                if id(layer) in read_by and not getattr(layer, "is_onebit", False):
+                    reason = f"{read_by[id(layer)]} reads its weight"
                 if reason:
                     self.reasons[id(layer)] = reason
                     options = None

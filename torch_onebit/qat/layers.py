@@ -1,5 +1,7 @@
 """Layers that train latent float weights and compute with 1-bit ones."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +37,7 @@ class LatentModule(NotScriptable, nn.Module):
     scales: nn.Parameter | None
     biases: nn.Parameter | None
     transposed = False  # weight is [columns, rows]
+    _loading = False
     is_onebit = True  # for reports: its parameters are not left float
 
     def __init__(self) -> None:
@@ -54,6 +57,39 @@ class LatentModule(NotScriptable, nn.Module):
             self.scales = nn.Parameter(scales)
             if biases is not None:
                 self.biases = nn.Parameter(biases)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        old = self.__dict__.get("_parameters", {}).get(name) if name == "weight" else None
+        # FSDP sets DTensors and Parameters by turns; load_state_dict brings levels too.
+        plain = type(old) is nn.Parameter and type(value) is nn.Parameter
+        if plain and value is not old and not self._loading:
+            self._follow(old, value)
+        super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def _follow(self, old: Tensor, new: Tensor) -> None:
+        """Make trained levels those of a weight whose rows are multiples of the ones before, such
+        as ``torch.nn.utils.fuse_linear_bn_eval`` sets."""
+        if self.transposed:  # it would scale the wrong side, and may go unnoticed in a square
+            raise ValueError("weight must stay the Parameter it is in a Conv1D, got another")
+        if self.scales is None:  # levels are made of the weight
+            return
+        factors = row_factors(old, new)
+        if factors is None:
+            raise ValueError(
+                "weight must have rows that are multiples of those before, whose levels are "
+                "trained, got another Parameter: change it in place, or prepare the float layer"
+            )
+        for levels in (self.scales, self.biases):
+            if levels is not None:
+                levels.mul_(factors)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._loading = True
+        try:
+            super()._load_from_state_dict(*args)
+        finally:
+            del self._loading
 
     @property
     def matrix(self) -> Tensor:
@@ -187,6 +223,17 @@ class QATEmbedding(LatentModule):
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {self._extra()}"
+
+
+def row_factors(old: Tensor, new: Tensor) -> Tensor | None:
+    """``[rows, 1]`` by which rows of new are multiples of those of old, or None."""
+    if old.shape != new.shape:
+        return None
+    a, b = old.double(), new.double()
+    squares = a.square().sum(1, keepdim=True)
+    factors = torch.where(squares > 0, (a * b).sum(1, keepdim=True) / squares, 1.0)
+    off = (b - factors * a).norm(dim=1) > 2 * torch.finfo(new.dtype).eps * b.norm(dim=1)
+    return None if off.any() else factors.to(old.dtype)
 
 
 def latent_weight(source: nn.Module) -> nn.Parameter:

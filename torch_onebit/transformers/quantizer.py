@@ -28,6 +28,7 @@ from torch_onebit.float_layers import (
 from torch_onebit.methods import quantize_weight
 from torch_onebit.nn import OneBitEmbedding, OneBitExperts, OneBitLinear, OneBitModule, tie
 from torch_onebit.quantizing import dequantize_
+from torch_onebit.readers import readers
 from torch_onebit.saving import layers_once, mlx_names, packed_layers
 from torch_onebit.symmetric import symmetrize_
 from torch_onebit.transformers.config import OneBitConfig
@@ -85,8 +86,9 @@ class OneBitQuantizer(HfQuantizer):
             self.quantization_config.modules_to_not_convert,
             model._keep_in_fp32_modules,
         )
+        read_by = readers(model)
         for path, layer in list(model.named_modules()):
-            if _fits(layer, self.quantization_config.group_size):
+            if id(layer) not in read_by and _fits(layer, self.quantization_config.group_size):
                 if should_convert_module(path, left):
                     yield path, layer
 
