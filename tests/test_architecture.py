@@ -125,19 +125,22 @@ def test_names_that_a_python_file_must_not_use(pattern):
 def places_of_operators() -> dict[str, set[str]]:
     """By operator: the folders of csrc that declare or implement it."""
     places: dict[str, set[str]] = {}
-    forms = re.findall(r'm\.impl\("(\w+)"', (ROOT / "csrc/ops/product/operands.h").read_text())
+    texts = {
+        path: path.read_text()
+        for path in sorted((ROOT / "csrc").rglob("*.*"))
+        if path.suffix in (".h", ".cpp")
+    }
     said_once = {}  # by name of its struct
-    for path in sorted((ROOT / "csrc/ops").glob("*/operands.h")):
-        said_once |= dict(
-            re.findall(r'struct (\w+) {\n.*kName = "onebit::(\w+)"', path.read_text())
-        )
-    for path in sorted((ROOT / "csrc").rglob("*.cpp")):
-        text = path.read_text()
+    for path, text in texts.items():
+        if path.parts[-3] == "ops":
+            said_once |= dict(re.findall(r'struct (\w+) {\n.*kName = "onebit::(\w+)"', text))
+    for path, text in texts.items():
         if "TORCH_LIBRARY(onebit_bench" in text:
             continue
         names = re.findall(r'm\.(?:impl\(|def\(\s*)"(\w+)', text)
-        names += [said_once[name] for name in re.findall(r"\bdefine\w*<(\w+),", text)]
-        for name in names + (forms if "ProductForms<" in text else []):
+        if path.suffix == ".cpp":
+            names += [said_once[name] for name in re.findall(r"\bdefine\w*<(\w+)[,>]", text)]
+        for name in names:
             places.setdefault(name, set()).add(path.parent.relative_to(ROOT / "csrc").as_posix())
     return places
 
@@ -145,7 +148,9 @@ def places_of_operators() -> dict[str, set[str]]:
 def test_an_operator_touches_one_folder_of_the_front_and_one_of_each_backend():
     """Those that only a backend has (names of its kernels, its limits) touch that one."""
     places = places_of_operators()
-    assert {"qmm", "gather_qmm", "affine_grad", "quantize", "fake_quantize"} <= places.keys()
+    names = {"qmm", "gather_qmm", "linear", "affine_grad", "quantize", "fake_quantize"}
+    assert names <= places.keys()
+    assert {"cpu", "cuda", "mps", "ops/product"} == places["qmm"]
     for name, folders in places.items():
         front = folders - set(BACKENDS)
         assert len(front) == 1 or (not front and len(folders) == 1), f"{name}: {folders}"

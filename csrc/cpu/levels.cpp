@@ -126,7 +126,7 @@ void flip_row(bool* bits,           // [k]
   }
 }
 
-Tensor flip_bits_cpu(const FlipOperands& o) {
+Tensor flip_bits_cpu(const FlipBits& o) {
   const auto sizes = check_flip_bits<int64_t>(o);
   auto changes = at::empty(sizes, o.error.options());
   const int64_t n = o.bits.size(0), k = o.bits.size(1), width = o.end - o.begin;
@@ -150,7 +150,7 @@ Tensor flip_bits_cpu(const FlipOperands& o) {
   return changes;
 }
 
-Tensor descend_cpu(const DescentOperands& o) {
+Tensor descend_cpu(const Descend& o) {
   check_descend<int64_t>(o);
   const int64_t n = o.bits.size(0), k = o.bits.size(1);
   auto flips = at::empty({n}, o.bits.options().dtype(at::kLong));

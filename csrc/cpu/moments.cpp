@@ -57,7 +57,7 @@ void transpose(const uint16_t* from, int64_t stride, int64_t count, int64_t widt
   }
 }
 
-void add_products_cpu(const ProductOperands& o, Below<void> below) {
+void add_products_cpu(const AddProducts& o, Below<void> below) {
   if (!has_matrix_units()) return below();
   check_add_products<int64_t>(o);
   const auto& [sum, a, b, upper] = o;

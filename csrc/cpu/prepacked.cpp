@@ -3,7 +3,6 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
@@ -19,35 +18,29 @@ namespace {
 
 constexpr int64_t kRowsPerTask = 64;  // that are worth a second thread when they are copied
 
-Tensor prepack_cpu(const Tensor& packed,
-                   const Tensor& scales,
-                   const OptionalTensor& biases,
-                   int64_t group_size) {
-  check_prepack<int64_t>(packed, scales, biases, group_size);
-  const WeightTensors weights(packed, scales, biases, group_size);
-  const auto w = weights.matrix(0, packed.size(0));
-  auto out = at::zeros({PrepackedLayout(w).bytes()}, packed.options().dtype(at::kByte));
+Tensor prepack_cpu(const Prepack& o) {
+  check_prepack<int64_t>(o);
+  const WeightTensors weights(o.packed, o.scales, o.biases, o.group_size);
+  const auto w = weights.matrix(0, o.packed.size(0));
+  auto out = at::zeros({PrepackedLayout(w).bytes()}, o.packed.options().dtype(at::kByte));
   char* data = static_cast<char*>(out.mutable_data_ptr());
-  const PrepackedHeader header(w, biases.has_value());
+  const PrepackedHeader header(w, o.biases.has_value());
   std::memcpy(data, &header, sizeof header);
   in_parallel(0, w.rows, kRowsPerTask,
               [&](int64_t begin, int64_t end) { prepack(w, data, begin, end); });
   return out;
 }
 
-Tensor prepack_meta(const Tensor& packed,
-                    const Tensor& scales,
-                    const OptionalTensor& biases,
-                    int64_t group_size) {
-  check_prepack<c10::SymInt>(packed, scales, biases, group_size);
+Tensor prepack_meta(const Prepack& o) {
+  check_prepack<c10::SymInt>(o);
   const auto bytes = PrepackedLayout::bytes<c10::SymInt>(
-      packed.sym_size(0), packed.sym_size(1) * kWordBits, int(group_size), scales.element_size(),
-      biases.has_value());
-  return at::empty_symint({bytes}, packed.options().dtype(at::kByte));
+      o.packed.sym_size(0), o.packed.sym_size(1) * kWordBits, int(o.group_size),
+      o.scales.element_size(), o.biases.has_value());
+  return at::empty_symint({bytes}, o.packed.options().dtype(at::kByte));
 }
 
 // The sizes of prepacked weights, whose bytes say the same.
-Weights sizes_of(const Prepacked& p) {
+Weights sizes_of(const Unprepack& p) {
   const char* data = static_cast<const char*>(p.bytes.const_data_ptr());
   const Weights w{nullptr,           nullptr, p.symmetric ? nullptr : data,
                   dtype_of(p.dtype), p.rows,  p.columns,
@@ -65,7 +58,7 @@ Weights sizes_of(const Prepacked& p) {
   return w;
 }
 
-Canonical unprepack_cpu(const Prepacked& p) {
+Canonical unprepack_cpu(const Unprepack& p) {
   check_prepacked(p);
   const auto w = sizes_of(p);
   const auto options = p.bytes.options();
@@ -81,14 +74,16 @@ Canonical unprepack_cpu(const Prepacked& p) {
   return {packed, scales, biases};
 }
 
-Tensor product_of_unpacked(const Tensor& x, const Prepacked& p) {
+Tensor product_of_unpacked(const Tensor& x, const Unprepack& p) {
   const auto [packed, scales, all_biases] = unprepack_cpu(p);
   const auto biases = p.symmetric ? std::nullopt : OptionalTensor(all_biases);
-  return product({Form::kQmm, x, packed, scales, biases, p.group_size});
+  return call(Qmm{x, packed, scales, biases, p.group_size});
 }
 
-Tensor qmm_prepacked_cpu(const Tensor& x, const Prepacked& p) {
-  const auto shape = check_qmm_prepacked<int64_t>(x, p);
+Tensor qmm_prepacked_cpu(const QmmPrepacked& o) {
+  const auto shape = check_qmm_prepacked<int64_t>(o);
+  const Tensor& x = o.x;
+  const auto p = o.weights();
   const auto w = sizes_of(p);
   const auto& table = kernels();
   const int64_t n = p.rows, k = p.columns, m = n ? c10::multiply_integers(shape) / n : 0;
@@ -124,12 +119,12 @@ Tensor qmm_prepacked_cpu(const Tensor& x, const Prepacked& p) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, CPU, m) {
-  m.impl("prepack", &prepack_cpu);
-  m.impl("unprepack", &Unprepack<unprepack_cpu>::op);
-  m.impl("qmm_prepacked", &QmmPrepacked<qmm_prepacked_cpu>::op);
+  define<Prepack, prepack_cpu>(m);
+  define<Unprepack, unprepack_cpu>(m);
+  define<QmmPrepacked, qmm_prepacked_cpu>(m);
 }
 
 // Here and not with the schema: only this device prepacks, and its layout is its own.
-TORCH_LIBRARY_IMPL(onebit, Meta, m) { m.impl("prepack", &prepack_meta); }
+TORCH_LIBRARY_IMPL(onebit, Meta, m) { define<Prepack, prepack_meta>(m); }
 
 }  // namespace onebit::cpu

@@ -2,11 +2,9 @@
 // and how the work is split among threads.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <numeric>
-#include <tuple>
 #include <vector>
 
 #include "../ops/product/batch_indices.h"
@@ -23,12 +21,8 @@ struct Batches {
   std::vector<int64_t> x_index, w_index;
 };
 
-Batches batches_of(const QmmShape<int64_t>& shape,
-                   const Tensor& x,
-                   const Tensor& packed,
-                   const OptionalTensor& lhs_indices,
-                   const OptionalTensor& rhs_indices) {
-  const BatchIndices index(shape, x, packed, lhs_indices, rhs_indices);
+Batches batches_of(const QmmShape<int64_t>& shape, const Pairs& o) {
+  const BatchIndices index(shape, o);
   if (!index.indexed()) return {{0}, {0}};
   return {read_indices("lhs_indices", index.x, index.x_matrices),
           read_indices("rhs_indices", index.w, index.w_matrices)};
@@ -90,7 +84,7 @@ Tensor product_cpu(const Operands& o) {
   const auto shape = check_product<int64_t>(o);
   const Tensor& x = o.x;
   auto y = at::empty(shape.y, x.options());  // first: sizes beyond memory end here, not in a copy
-  const auto batches = batches_of(shape, x, o.packed, o.lhs_indices, o.rhs_indices);
+  const auto batches = batches_of(shape, o);
   if (y.numel() == 0) return y;
   const auto values = x.contiguous();
   const WeightTensors weights(o.packed, o.scales, o.biases, o.group_size);
@@ -132,22 +126,17 @@ Tensor product_cpu(const Operands& o) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> affine_grad_cpu(const Tensor& grad,
-                                           const Tensor& x,
-                                           const Tensor& packed,
-                                           const OptionalTensor& lhs_indices,
-                                           const OptionalTensor& rhs_indices,
-                                           int64_t group_size,
-                                           bool transpose) {
-  const auto shape =
-      check_affine_grad<int64_t>(grad, x, packed, lhs_indices, rhs_indices, group_size, transpose);
-  const auto batches = batches_of(shape, x, packed, lhs_indices, rhs_indices);
+LevelGrads affine_grad_cpu(const AffineGrad& o) {
+  const auto shape = check_affine_grad<int64_t>(o);
+  const Tensor &x = o.x, &packed = o.packed;
+  const int64_t group_size = o.group_size;
+  const auto batches = batches_of(shape, o.pairs());
   const auto sizes = levels_shape<int64_t>(packed, group_size);
   auto grad_scales = at::zeros(sizes, x.options().dtype(sum_type(x)));
   auto grad_biases = at::zeros(sizes, x.options().dtype(sum_type(x)));
-  const auto values = x.contiguous(), grads = grad.contiguous(), words = packed.contiguous();
+  const auto values = x.contiguous(), grads = o.grad.contiguous(), words = packed.contiguous();
   const auto& table = kernels();
-  const auto run = transpose ? table.affine_grad_t : table.affine_grad_n;
+  const auto run = o.transpose ? table.affine_grad_t : table.affine_grad_n;
   const int64_t rows = packed.size(-2), word_count = packed.size(-1);
   const int64_t groups = word_count * kWordBits / group_size;
   const auto at_matrix = [](auto* data, const Tensor& t, int64_t index, int64_t elements) {
@@ -176,8 +165,9 @@ std::tuple<Tensor, Tensor> affine_grad_cpu(const Tensor& grad,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, CPU, m) {
-  ProductForms<product_cpu>::define(m);
-  m.impl("affine_grad", &affine_grad_cpu);
+  define<Qmm, product_cpu>(m);
+  define<GatherQmm, product_cpu>(m);
+  define<AffineGrad, affine_grad_cpu>(m);
 }
 
 }  // namespace onebit::cpu

@@ -1,8 +1,7 @@
 // quantize, dequantize and embedding on the CPU: one pass over whole groups, split among threads.
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
-#include <tuple>
+#include <vector>
 
 #include "../ops/codec/rules.h"
 #include "indices.h"
@@ -15,7 +14,9 @@ namespace {
 // Values below which a second thread costs more than it saves (fork and join take 30 us when cold).
 constexpr int64_t kValuesPerTask = 1 << 18;
 
-std::tuple<Tensor, Tensor, Tensor> quantize_cpu(const Tensor& w, int64_t group_size) {
+Quantized quantize_cpu(const Quantize& o) {
+  const auto& w = o.w;
+  const int64_t group_size = o.group_size;
   const auto shape = check_quantize<int64_t>(w, group_size);
   auto packed = at::empty(shape.packed, w.options().dtype(at::kInt));
   auto scales = at::empty(shape.scales, w.options());
@@ -30,37 +31,26 @@ std::tuple<Tensor, Tensor, Tensor> quantize_cpu(const Tensor& w, int64_t group_s
   return {packed, scales, biases};
 }
 
-Tensor dequantize_cpu(const Tensor& packed,
-                      const Tensor& scales,
-                      const OptionalTensor& biases,
-                      int64_t group_size) {
-  const auto sizes = check_dequantize<int64_t>(packed, scales, biases, group_size);
-  auto w = at::empty(sizes, scales.options());
-  const WeightTensors weights(packed, scales, biases, group_size);
-  const auto matrix = weights.matrix(0, 0);
-  const auto& table = kernels();
-  auto* out = static_cast<char*>(w.mutable_data_ptr());
-  const int64_t group_bytes = group_size * w.element_size();
-  in_parallel(0, scales.numel(), kValuesPerTask / group_size, [&](int64_t begin, int64_t end) {
-    table.dequantize(matrix, out + begin * group_bytes, begin, end);
-  });
-  return w;
-}
-
-Tensor embedding_cpu(const Tensor& indices,
-                     const Tensor& packed,
-                     const Tensor& scales,
-                     const OptionalTensor& biases,
-                     int64_t group_size) {
-  const auto sizes = check_embedding<int64_t>(indices, packed, scales, biases, group_size);
-  const auto rows = read_indices("indices", indices, packed.size(0));
-  auto out = at::empty(sizes, scales.options());
-  const WeightTensors weights(packed, scales, biases, group_size);
-  const auto matrix = weights.matrix(0, packed.size(0));
-  const int64_t groups = matrix.columns / group_size;
-  const int64_t row_bytes = matrix.columns * out.element_size();
+// Rows of packed, or all of it.
+Tensor decode_cpu(const Coded& o) {
+  const auto sizes = check_decode<int64_t>(o);
+  std::vector<int64_t> rows;
+  if (o.indices) rows = read_indices("indices", *o.indices, o.packed.size(0));
+  auto out = at::empty(sizes, o.scales.options());
+  const WeightTensors weights(o.packed, o.scales, o.biases, o.group_size);
+  const auto matrix = weights.matrix(0, o.indices ? o.packed.size(0) : 0);
   const auto& table = kernels();
   auto* bytes = static_cast<char*>(out.mutable_data_ptr());
+  if (!o.indices) {
+    const int64_t group_bytes = o.group_size * out.element_size();
+    in_parallel(0, o.scales.numel(), kValuesPerTask / o.group_size,
+                [&](int64_t begin, int64_t end) {
+                  table.dequantize(matrix, bytes + begin * group_bytes, begin, end);
+                });
+    return out;
+  }
+  const int64_t groups = matrix.columns / o.group_size;
+  const int64_t row_bytes = matrix.columns * out.element_size();
   const int64_t rows_per_task = kValuesPerTask / std::max<int64_t>(matrix.columns, 1) + 1;
   in_parallel(0, int64_t(rows.size()), rows_per_task, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -73,9 +63,9 @@ Tensor embedding_cpu(const Tensor& indices,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, CPU, m) {
-  m.impl("quantize", &quantize_cpu);
-  m.impl("dequantize", &dequantize_cpu);
-  m.impl("embedding", &embedding_cpu);
+  define<Quantize, quantize_cpu>(m);
+  define<Dequantize, decode_cpu>(m);
+  define<Embedding, decode_cpu>(m);
 }
 
 }  // namespace onebit::cpu

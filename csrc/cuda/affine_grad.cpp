@@ -2,9 +2,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
-#include <torch/library.h>
-
-#include <tuple>
 
 #include "../ops/product/rules.h"
 #include "tensors.h"
@@ -12,27 +9,18 @@
 namespace onebit::cuda {
 namespace {
 
-std::tuple<Tensor, Tensor> affine_grad_cuda(const Tensor& grad,
-                                            const Tensor& x,
-                                            const Tensor& packed,
-                                            const OptionalTensor& lhs_indices,
-                                            const OptionalTensor& rhs_indices,
-                                            int64_t group_size,
-                                            bool transpose) {
-  const auto shape =
-      check_affine_grad<int64_t>(grad, x, packed, lhs_indices, rhs_indices, group_size, transpose);
-  if (!has_kernels(x)) {
-    return composite(&affine_grad_cuda, "onebit::affine_grad", grad, x, packed, lhs_indices,
-                     rhs_indices, group_size, transpose);
-  }
+LevelGrads affine_grad_cuda(const AffineGrad& o, Below<LevelGrads> composite) {
+  const auto shape = check_affine_grad<int64_t>(o);
+  if (!has_kernels(o.x)) return composite();
+  const Tensor &grad = o.grad, &x = o.x, &packed = o.packed;
   const c10::DeviceGuard guard(x.device());
-  const auto sizes = levels_shape<int64_t>(packed, group_size);
+  const auto sizes = levels_shape<int64_t>(packed, o.group_size);
   const auto options = x.options().dtype(at::kFloat);
   if (grad.numel() == 0 || shape.k == 0 || packed.numel() == 0) {
     return {at::zeros(sizes, options), at::zeros(sizes, options)};
   }
   auto grad_scales = at::empty(sizes, options), grad_biases = at::empty(sizes, options);
-  const BatchIndices index(shape, x, packed, lhs_indices, rhs_indices);
+  const BatchIndices index(shape, o.pairs());
   const auto by_output = aligned(grad), by_input = aligned(x), bits = words_of(packed);
   const AffineGradArgs args = {by_output.const_data_ptr(),
                                by_input.const_data_ptr(),
@@ -44,14 +32,14 @@ std::tuple<Tensor, Tensor> affine_grad_cuda(const Tensor& grad,
                                index.x_matrices,
                                index.batches,
                                uint32_t(shape.m),
-                               uint32_t(transpose ? shape.n : shape.k),
-                               uint32_t(transpose ? shape.k : shape.n),
-                               transpose ? 0u : 1u};
-  launch(plan_affine_grad(args, index.w_matrices, dtype_of(x), group_words(group_size)), args);
+                               uint32_t(o.transpose ? shape.n : shape.k),
+                               uint32_t(o.transpose ? shape.k : shape.n),
+                               o.transpose ? 0u : 1u};
+  launch(plan_affine_grad(args, index.w_matrices, dtype_of(x), group_words(o.group_size)), args);
   return {grad_scales, grad_biases};
 }
 
 }  // namespace
-TORCH_LIBRARY_IMPL(onebit, CUDA, m) { m.impl("affine_grad", &affine_grad_cuda); }
+TORCH_LIBRARY_IMPL(onebit, CUDA, m) { define_above_composite<AffineGrad, affine_grad_cuda>(m); }
 
 }  // namespace onebit::cuda

@@ -90,7 +90,7 @@ GradLevels grad_levels_cuda(const LevelOperands& o, Below<GradLevels> composite)
   return {grad_scales, grad_biases};
 }
 
-Tensor flip_bits_cuda(const FlipOperands& o, Below<Tensor> composite) {
+Tensor flip_bits_cuda(const FlipBits& o, Below<Tensor> composite) {
   const auto sizes = check_flip_bits<int64_t>(o);
   if (!has_kernels(o.error)) return composite();
   const c10::DeviceGuard guard(o.bits.device());

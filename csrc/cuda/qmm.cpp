@@ -2,7 +2,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
 #include <c10/core/DeviceGuard.h>
-#include <torch/library.h>
 
 #include <limits>
 
@@ -116,13 +115,9 @@ void run_wgmma(const ProductPlan& plan, const Product& p, const Inputs& o, const
   launch(plan_sum(sum.count, p.x), sum);
 }
 
-Tensor product_cuda(const Operands& o) {
+Tensor product_cuda(const Operands& o, Below<Tensor> composite) {
   const auto shape = check_product<int64_t>(o);
-  if (!has_kernels(o.x) || !has_kernels(o.scales)) {
-    return with_operator(o, [](const auto& op, const auto&... args) {
-      return op.redispatch(c10::DispatchKeySet(), args...);
-    });
-  }
+  if (!has_kernels(o.x) || !has_kernels(o.scales)) return composite();
   const Tensor& x = o.x;
   const c10::DeviceGuard guard(x.device());
   auto y = at::empty(shape.y, x.options());
@@ -131,7 +126,7 @@ Tensor product_cuda(const Operands& o) {
   // Every index is out of range where there are no matrices.
   constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
   if (x.numel() == 0 || o.packed.numel() == 0) return y.fill_(kNaN);
-  const BatchIndices index(shape, x, o.packed, o.lhs_indices, o.rhs_indices);
+  const BatchIndices index(shape, o);
   const Product p = {uint32_t(shape.m),         uint32_t(shape.n), uint32_t(shape.k),
                      group_words(o.group_size), o.transpose,       index.batches,
                      index.indexed(),           dtype_of(x),       dtype_of(o.scales),
@@ -139,9 +134,9 @@ Tensor product_cuda(const Operands& o) {
   const ProductPlan plan = plan_product(p, gpu_of(x));
   // Matrices that meet in order are a plain batch: torch multiplies those of many rows.
   const bool batch_of_many =
-      index.indexed() && o.form != Form::kGather && (!o.transpose || shape.m > kHmmaAloneMaxM);
+      index.indexed() && !o.gathered && (!o.transpose || shape.m > kHmmaAloneMaxM);
   if (plan.way == Way::kDense || batch_of_many) {
-    const auto w = decode(o.packed, o.scales, o.biases, o.group_size, x.scalar_type());
+    const auto w = decode({o.packed, o.scales, o.biases, o.group_size}, x.scalar_type());
     return at::matmul(x, o.transpose ? w.transpose(-1, -2) : w);
   }
   const Inputs inputs(o);
@@ -154,6 +149,9 @@ Tensor product_cuda(const Operands& o) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(onebit, CUDA, m) { ProductForms<product_cuda>::define(m); }
+TORCH_LIBRARY_IMPL(onebit, CUDA, m) {
+  define_above_composite<Qmm, product_cuda>(m);
+  define_above_composite<GatherQmm, product_cuda>(m);
+}
 
 }  // namespace onebit::cuda

@@ -3,18 +3,14 @@
 
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
-#include <torch/library.h>
-
-#include <tuple>
-
-#include "../ops/codec/rules.h"
 
 namespace onebit::cuda {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> quantize_cuda(const Tensor& w, int64_t group_size) {
+Quantized quantize_cuda(const Quantize& o, Below<Quantized> composite) {
+  const auto& [w, group_size] = o;
   const auto shape = check_quantize<int64_t>(w, group_size);
-  if (!has_kernels(w)) return composite(&quantize_cuda, "onebit::quantize", w, group_size);
+  if (!has_kernels(w)) return composite();
   const c10::DeviceGuard guard(w.device());
   auto packed = at::empty(shape.packed, w.options().dtype(at::kInt));
   auto scales = at::empty(shape.scales, w.options()), biases = at::empty(shape.scales, w.options());
@@ -26,75 +22,46 @@ std::tuple<Tensor, Tensor, Tensor> quantize_cuda(const Tensor& w, int64_t group_
   return {packed, scales, biases};
 }
 
-// Rows of w that indices name, or all of w as one row, into out.
-void decode_into(const Tensor& out,
-                 const Tensor& indices,
-                 const Tensor& packed,
-                 const Tensor& scales,
-                 const OptionalTensor& biases,
-                 int64_t group_size) {
+// Rows of packed, or all of it as one row, into out.
+void decode_into(const Tensor& out, const Coded& o) {
   if (out.numel() == 0) return;
-  const bool indexed = indices.defined();
-  const auto bits = words_of(packed), steps = aligned(scales);
-  const auto base = aligned(biases);
-  const auto rows = indexed ? indices.to(at::kLong).contiguous() : Tensor();
+  const bool indexed = o.indices;
+  const auto bits = words_of(o.packed), steps = aligned(o.scales);
+  const auto base = aligned(o.biases);
+  const auto rows = indexed ? o.indices->to(at::kLong).contiguous() : Tensor();
   const DType type = dtype_of(out);
-  const int64_t row_words = indexed ? packed.size(1) : packed.numel();
+  const int64_t row_words = indexed ? o.packed.size(1) : o.packed.numel();
   const DecodeArgs args = {
       words(bits),      steps.const_data_ptr(),        data(base),
-      index_data(rows), out.mutable_data_ptr(),        indexed ? packed.size(0) : 1,
+      index_data(rows), out.mutable_data_ptr(),        indexed ? o.packed.size(0) : 1,
       row_words,        decode_blocks(row_words, type)};
-  launch(plan_decode(args, out.numel() / (row_words * kWordBits), dtype_of(scales), type,
-                     group_words(group_size)),
+  launch(plan_decode(args, out.numel() / (row_words * kWordBits), dtype_of(o.scales), type,
+                     group_words(o.group_size)),
          args);
 }
 
-Tensor dequantize_cuda(const Tensor& packed,
-                       const Tensor& scales,
-                       const OptionalTensor& biases,
-                       int64_t group_size) {
-  check_dequantize<int64_t>(packed, scales, biases, group_size);
-  if (!has_kernels(scales)) {
-    return composite(&dequantize_cuda, "onebit::dequantize", packed, scales, biases, group_size);
-  }
-  return decode(packed, scales, biases, group_size, scales.scalar_type());
-}
-
-Tensor embedding_cuda(const Tensor& indices,
-                      const Tensor& packed,
-                      const Tensor& scales,
-                      const OptionalTensor& biases,
-                      int64_t group_size) {
-  const auto sizes = check_embedding<int64_t>(indices, packed, scales, biases, group_size);
-  if (!has_kernels(scales)) {
-    return composite(&embedding_cuda, "onebit::embedding", indices, packed, scales, biases,
-                     group_size);
-  }
-  const c10::DeviceGuard guard(packed.device());
-  auto out = at::empty(sizes, scales.options());
-  decode_into(out, indices, packed, scales, biases, group_size);
+Tensor decode_cuda(const Coded& o, Below<Tensor> composite) {
+  const auto sizes = check_decode<int64_t>(o);
+  if (!has_kernels(o.scales)) return composite();
+  const c10::DeviceGuard guard(o.packed.device());
+  auto out = at::empty(sizes, o.scales.options());
+  decode_into(out, o);
   return out;
 }
 
 }  // namespace
 
-Tensor decode(const Tensor& packed,
-              const Tensor& scales,
-              const OptionalTensor& biases,
-              int64_t group_size,
-              at::ScalarType dtype) {
-  const c10::DeviceGuard guard(packed.device());
-  auto sizes = packed.sizes().vec();
-  sizes.back() *= kWordBits;
-  auto w = at::empty(sizes, scales.options().dtype(dtype));
-  decode_into(w, Tensor(), packed, scales, biases, group_size);
-  return w;
+Tensor decode(const Coded& o, at::ScalarType dtype) {
+  const c10::DeviceGuard guard(o.packed.device());
+  auto out = at::empty(check_decode<int64_t>(o), o.scales.options().dtype(dtype));
+  decode_into(out, o);
+  return out;
 }
 
 TORCH_LIBRARY_IMPL(onebit, CUDA, m) {
-  m.impl("quantize", &quantize_cuda);
-  m.impl("dequantize", &dequantize_cuda);
-  m.impl("embedding", &embedding_cuda);
+  define_above_composite<Quantize, quantize_cuda>(m);
+  define_above_composite<Dequantize, decode_cuda>(m);
+  define_above_composite<Embedding, decode_cuda>(m);
 }
 
 }  // namespace onebit::cuda

@@ -1,15 +1,12 @@
 // Decoding, which products of many rows use too.
 #pragma once
 
+#include "../ops/codec/rules.h"
 #include "tensors.h"
 
 namespace onebit::cuda {
 
 // packed as values [..., k] of the given dtype, rounded once.
-Tensor decode(const Tensor& packed,
-              const Tensor& scales,
-              const OptionalTensor& biases,
-              int64_t group_size,
-              at::ScalarType dtype);
+Tensor decode(const Coded&, at::ScalarType dtype);
 
 }  // namespace onebit::cuda

@@ -1,10 +1,6 @@
-// From tensors to what kernels take: contiguous, aligned for 16-byte loads; and the way back to the
-// composite.
+// From tensors to what kernels take: contiguous, aligned for 16-byte loads.
 #pragma once
 
-#include <c10/core/DispatchKeySet.h>
-
-#include "../ops/dispatch.h"
 #include "../ops/product/batch_indices.h"
 #include "launcher.h"
 
@@ -35,13 +31,6 @@ inline const int64_t* index_data(const Tensor& t) {
 // float64, and devices without bfloat16 products, have no kernels here.
 inline bool has_kernels(const Tensor& t) {
   return t.scalar_type() != at::kDouble && gpu_of(t).architecture >= kOldestArchitecture;
-}
-
-// What a device without kernels runs for the operator of that name, whose kernel here is `self`:
-// the dispatcher keeps it where no backend is named.
-template <class Result, class... Parameters, class... Args>
-Result composite(Result (*)(Parameters...), const char* name, Args&&... args) {
-  return find_op<Result(Parameters...)>(name).redispatch(c10::DispatchKeySet(), args...);
 }
 
 }  // namespace onebit::cuda

@@ -1,9 +1,6 @@
 // The gradients of scales and biases on MPS.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
-#include <tuple>
 
 #include "../ops/product/rules.h"
 #include "encoder.h"
@@ -12,17 +9,11 @@
 namespace onebit::mps {
 namespace {
 
-std::tuple<Tensor, Tensor> affine_grad_mps(const Tensor& grad,
-                                           const Tensor& x,
-                                           const Tensor& packed,
-                                           const OptionalTensor& lhs_indices,
-                                           const OptionalTensor& rhs_indices,
-                                           int64_t group_size,
-                                           bool transpose) {
-  const auto shape =
-      check_affine_grad<int64_t>(grad, x, packed, lhs_indices, rhs_indices, group_size, transpose);
+LevelGrads affine_grad_mps(const AffineGrad& o) {
+  const auto shape = check_affine_grad<int64_t>(o);
+  const Tensor &grad = o.grad, &x = o.x, &packed = o.packed;
   const DType type = dtype_on_mps("x", x);
-  const auto sizes = levels_shape<int64_t>(packed, group_size);
+  const auto sizes = levels_shape<int64_t>(packed, o.group_size);
   const auto options = x.options().dtype(at::kFloat);
   if (grad.numel() == 0 || shape.k == 0)
     return {at::zeros(sizes, options), at::zeros(sizes, options)};
@@ -31,15 +22,15 @@ std::tuple<Tensor, Tensor> affine_grad_mps(const Tensor& grad,
   check_count("packed", packed);
 
   auto grad_scales = at::empty(sizes, options), grad_biases = at::empty(sizes, options);
-  const BatchIndices index(shape, x, packed, lhs_indices, rhs_indices, BatchIndices::Formula::kYes);
+  const BatchIndices index(shape, o.pairs(), BatchIndices::Formula::kYes);
   const AffineGradParams params = {static_cast<uint32_t>(shape.m),
-                                   static_cast<uint32_t>(transpose ? shape.n : shape.k),
-                                   static_cast<uint32_t>(transpose ? shape.k : shape.n),
-                                   group_shift(group_size),
+                                   static_cast<uint32_t>(o.transpose ? shape.n : shape.k),
+                                   static_cast<uint32_t>(o.transpose ? shape.k : shape.n),
+                                   group_shift(o.group_size),
                                    index.batches,
                                    index.x_matrices,
                                    index.w_matrices,
-                                   transpose ? 0u : 1u,
+                                   o.transpose ? 0u : 1u,
                                    index.x_repeat,
                                    index.w_repeat};
   encode(Work{
@@ -52,6 +43,6 @@ std::tuple<Tensor, Tensor> affine_grad_mps(const Tensor& grad,
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(onebit, MPS, m) { m.impl("affine_grad", &affine_grad_mps); }
+TORCH_LIBRARY_IMPL(onebit, MPS, m) { define<AffineGrad, affine_grad_mps>(m); }
 
 }  // namespace onebit::mps

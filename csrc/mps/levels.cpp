@@ -84,7 +84,7 @@ GradLevels grad_levels_mps(const LevelOperands& o) {
   return {grad_scales, grad_biases};
 }
 
-Tensor flip_bits_mps(const FlipOperands& o) {
+Tensor flip_bits_mps(const FlipBits& o) {
   const auto sizes = check_flip_bits<int64_t>(o);
   dtype_on_mps("error", o.error);
   auto changes = at::empty(sizes, o.error.options());

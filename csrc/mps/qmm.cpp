@@ -1,6 +1,5 @@
 // qmm and gather_qmm on MPS: contiguous, plan, encode.
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <atomic>
 #include <string>
@@ -53,8 +52,7 @@ Tensor product_mps(const Operands& o) {
   check_count("packed", o.packed);
   check_count("the result", y);
 
-  const BatchIndices index(shape, x, o.packed, o.lhs_indices, o.rhs_indices,
-                           BatchIndices::Formula::kYes);
+  const BatchIndices index(shape, o, BatchIndices::Formula::kYes);
   const Product p = {static_cast<uint32_t>(shape.m),
                      static_cast<uint32_t>(shape.n),
                      static_cast<uint32_t>(shape.k),
@@ -88,7 +86,10 @@ Tensor product_mps(const Operands& o) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(onebit, MPS, m) { ProductForms<product_mps>::define(m); }
+TORCH_LIBRARY_IMPL(onebit, MPS, m) {
+  define<Qmm, product_mps>(m);
+  define<GatherQmm, product_mps>(m);
+}
 
 TORCH_LIBRARY_FRAGMENT(onebit, m) {
   m.def("mps_tuning() -> str", &tuning);

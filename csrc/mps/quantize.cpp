@@ -1,8 +1,5 @@
 // quantize, dequantize and embedding on MPS.
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <tuple>
 
 #include "../ops/codec/rules.h"
 #include "encoder.h"
@@ -11,7 +8,8 @@
 namespace onebit::mps {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> quantize_mps(const Tensor& w, int64_t group_size) {
+Quantized quantize_mps(const Quantize& o) {
+  const auto& [w, group_size] = o;
   const auto shape = check_quantize<int64_t>(w, group_size);
   const DType type = dtype_on_mps("w", w);
   auto packed = at::empty(shape.packed, w.options().dtype(at::kInt));
@@ -26,54 +24,34 @@ std::tuple<Tensor, Tensor, Tensor> quantize_mps(const Tensor& w, int64_t group_s
   return {packed, scales, biases};
 }
 
-// Rows of w that indices name, or all of w as one row.
-Tensor decode(at::IntArrayRef sizes,
-              const Tensor& indices,
-              const Tensor& packed,
-              const Tensor& scales,
-              const OptionalTensor& biases,
-              int64_t group_size) {
-  const DType type = dtype_on_mps("scales", scales);
-  auto out = at::empty(sizes, scales.options());
+// Rows of packed, or all of it as one row.
+Tensor decode_mps(const Coded& o) {
+  const auto sizes = check_decode<int64_t>(o);
+  const DType type = dtype_on_mps("scales", o.scales);
+  auto out = at::empty(sizes, o.scales.options());
   if (out.numel() == 0) return out;
-  check_count("packed", packed);
+  check_count("packed", o.packed);
   check_count("the result", out);
-  const bool indexed = indices.defined();
-  const int64_t words = indexed ? packed.size(1) : packed.numel();
-  const DecodeParams params = {static_cast<uint32_t>(indexed ? packed.size(0) : 1),
-                               static_cast<uint32_t>(words), group_shift(group_size)};
+  const bool indexed = o.indices;
+  const int64_t words = indexed ? o.packed.size(1) : o.packed.numel();
+  const DecodeParams params = {static_cast<uint32_t>(indexed ? o.packed.size(0) : 1),
+                               static_cast<uint32_t>(words), group_shift(o.group_size)};
   const uint32_t rows = static_cast<uint32_t>(out.numel() / (words * kWordBits));
-  encode(Work{plan_decode(params, rows, type, biases.has_value(), indexed),
-              {words_of(packed), scales.contiguous(), biases ? biases->contiguous() : Tensor(),
-               indexed ? indices.to(at::kLong).contiguous() : Tensor(), out},
-              &params,
-              sizeof params});
+  encode(
+      Work{plan_decode(params, rows, type, o.biases.has_value(), indexed),
+           {words_of(o.packed), o.scales.contiguous(), o.biases ? o.biases->contiguous() : Tensor(),
+            indexed ? o.indices->to(at::kLong).contiguous() : Tensor(), out},
+           &params,
+           sizeof params});
   return out;
-}
-
-Tensor dequantize_mps(const Tensor& packed,
-                      const Tensor& scales,
-                      const OptionalTensor& biases,
-                      int64_t group_size) {
-  const auto sizes = check_dequantize<int64_t>(packed, scales, biases, group_size);
-  return decode(sizes, Tensor(), packed, scales, biases, group_size);
-}
-
-Tensor embedding_mps(const Tensor& indices,
-                     const Tensor& packed,
-                     const Tensor& scales,
-                     const OptionalTensor& biases,
-                     int64_t group_size) {
-  const auto sizes = check_embedding<int64_t>(indices, packed, scales, biases, group_size);
-  return decode(sizes, indices, packed, scales, biases, group_size);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, MPS, m) {
-  m.impl("quantize", &quantize_mps);
-  m.impl("dequantize", &dequantize_mps);
-  m.impl("embedding", &embedding_mps);
+  define<Quantize, quantize_mps>(m);
+  define<Dequantize, decode_mps>(m);
+  define<Embedding, decode_mps>(m);
 }
 
 }  // namespace onebit::mps

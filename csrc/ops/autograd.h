@@ -174,12 +174,6 @@ void record(const Backward& backward,
   for (Tensor* result : results) autograd::set_history(*result, node);
 }
 
-template <class Op, class... Args>
-auto below_autograd(const Op& op, c10::DispatchKeySet keys, Args&&... args) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.redispatch(keys & c10::after_autograd_keyset, std::forward<Args>(args)...);
-}
-
 inline Tensor or_undefined(const OptionalTensor& t) { return t.value_or(Tensor()); }
 inline OptionalTensor or_none(const Tensor& t) {
   return t.defined() ? OptionalTensor(t) : std::nullopt;

@@ -6,28 +6,10 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 
-#include <tuple>
-
-#include "../dispatch.h"
 #include "rules.h"
 
 namespace onebit {
 namespace {
-
-using Dequantize = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t);
-using Embedding =
-    Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t);
-using Quantize = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, int64_t);
-
-const auto& dequantize() {
-  static const auto op = find_op<Dequantize>("onebit::dequantize");
-  return op;
-}
-
-const auto& embedding() {
-  static const auto op = find_op<Embedding>("onebit::embedding");
-  return op;
-}
 
 // w_hat = scales * bit + biases: sums of grad over the groups, with and without bit; with indices,
 // of gathered rows. Inputs: scales, biases.
@@ -44,8 +26,8 @@ const Backward kDecode = {
 
       const auto sizes = levels_shape<c10::SymInt>(words, group_size);
       const auto options = grad.options().dtype(sum_type(grad));
-      const auto bits = dequantize().call(words, at::ones_symint(sizes, options),
-                                          at::zeros_symint(sizes, options), group_size);
+      const auto bits = call(Dequantize{words, at::ones_symint(sizes, options),
+                                        at::zeros_symint(sizes, options), group_size});
       std::vector<c10::SymInt> groups(sizes.begin(), sizes.end());
       groups.emplace_back(group_size);
       const auto grad_groups = grad.to(options.dtype()).reshape_symint(groups);
@@ -62,65 +44,35 @@ const Backward kDecode = {
       return out;
     }};
 
-// Makes w, decoded below autograd, differentiable; decode(scales, biases) decodes other levels.
-template <class Decode>
-Tensor differentiable(Tensor w,
-                      const Tensor& packed,
-                      const Tensor& indices,
-                      const Tensor& scales,
-                      const OptionalTensor& biases,
-                      int64_t group_size,
-                      const Decode& decode) {
-  if (autograd::compute_requires_grad(scales, or_undefined(biases))) {
-    const Saved saved{{packed, indices}, {}, {group_size, biases.has_value()}, {}};
-    record(kDecode, saved, {&w}, scales, or_undefined(biases));
+Tensor decode_autograd(const Coded& o, Below<Tensor> below) {
+  const auto biases = or_undefined(o.biases);
+  auto w = below();
+  if (autograd::compute_requires_grad(o.scales, biases)) {
+    const Saved saved{{o.packed, o.indices ? *o.indices : Tensor()},
+                      {},
+                      {o.group_size, o.biases.has_value()},
+                      {}};
+    record(kDecode, saved, {&w}, o.scales, biases);
   }
-  if (has_tangent(scales) || has_tangent(biases)) {
-    const LevelTangents levels(scales, biases);
-    set_tangent(w, decode(levels.scales, levels.biases));
+  if (has_tangent(o.scales) || has_tangent(o.biases)) {
+    const LevelTangents levels(o.scales, o.biases);
+    const auto& scales = levels.scales;
+    const auto& shifts = levels.biases;
+    set_tangent(w, o.indices ? call(Embedding{*o.indices, o.packed, scales, shifts, o.group_size})
+                             : call(Dequantize{o.packed, scales, shifts, o.group_size}));
   }
   return w;
 }
 
-Tensor dequantize_autograd(c10::DispatchKeySet keys,
-                           const Tensor& packed,
-                           const Tensor& scales,
-                           const OptionalTensor& biases,
-                           int64_t group_size) {
-  const auto w = below_autograd(dequantize(), keys, packed, scales, biases, group_size);
-  return differentiable(w, packed, Tensor(), scales, biases, group_size,
-                        [&](const Tensor& s, const OptionalTensor& b) {
-                          return dequantize().call(packed, s, b, group_size);
-                        });
-}
-
-Tensor embedding_autograd(c10::DispatchKeySet keys,
-                          const Tensor& indices,
-                          const Tensor& packed,
-                          const Tensor& scales,
-                          const OptionalTensor& biases,
-                          int64_t group_size) {
-  const auto w = below_autograd(embedding(), keys, indices, packed, scales, biases, group_size);
-  return differentiable(w, packed, indices, scales, biases, group_size,
-                        [&](const Tensor& s, const OptionalTensor& b) {
-                          return embedding().call(indices, packed, s, b, group_size);
-                        });
-}
-
 // The bits are a step function of w and the levels its extremes: quantize has no useful gradient.
-std::tuple<Tensor, Tensor, Tensor> quantize_autograd(c10::DispatchKeySet keys,
-                                                     const Tensor& w,
-                                                     int64_t group_size) {
-  static const auto op = find_op<Quantize>("onebit::quantize");
-  return below_autograd(op, keys, w, group_size);
-}
+Quantized quantize_autograd(const Quantize&, Below<Quantized> below) { return below(); }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, Autograd, m) {
-  m.impl("quantize", &quantize_autograd);
-  m.impl("dequantize", &dequantize_autograd);
-  m.impl("embedding", &embedding_autograd);
+  define_autograd<Quantize, quantize_autograd>(m);
+  define_autograd<Dequantize, decode_autograd>(m);
+  define_autograd<Embedding, decode_autograd>(m);
 }
 
 }  // namespace onebit

@@ -1,9 +1,6 @@
 // Weights to bits and back: schemas, and shapes without data (Meta).
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <tuple>
 
 #include "rules.h"
 
@@ -20,35 +17,23 @@ namespace {
 
 using c10::SymInt;
 
-std::tuple<Tensor, Tensor, Tensor> quantize_meta(const Tensor& w, int64_t group_size) {
-  const auto shape = check_quantize<SymInt>(w, group_size);
-  return {at::empty_symint(shape.packed, w.options().dtype(at::kInt)),
-          at::empty_symint(shape.scales, w.options()), at::empty_symint(shape.scales, w.options())};
+Quantized quantize_meta(const Quantize& o) {
+  const auto shape = check_quantize<SymInt>(o.w, o.group_size);
+  const auto options = o.w.options();
+  return {at::empty_symint(shape.packed, options.dtype(at::kInt)),
+          at::empty_symint(shape.scales, options), at::empty_symint(shape.scales, options)};
 }
 
-Tensor dequantize_meta(const Tensor& packed,
-                       const Tensor& scales,
-                       const OptionalTensor& biases,
-                       int64_t group_size) {
-  const auto sizes = check_dequantize<SymInt>(packed, scales, biases, group_size);
-  return at::empty_symint(sizes, scales.options());
-}
-
-Tensor embedding_meta(const Tensor& indices,
-                      const Tensor& packed,
-                      const Tensor& scales,
-                      const OptionalTensor& biases,
-                      int64_t group_size) {
-  const auto sizes = check_embedding<SymInt>(indices, packed, scales, biases, group_size);
-  return at::empty_symint(sizes, scales.options());
+Tensor decode_meta(const Coded& o) {
+  return at::empty_symint(check_decode<SymInt>(o), o.scales.options());
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, Meta, m) {
-  m.impl("quantize", &quantize_meta);
-  m.impl("dequantize", &dequantize_meta);
-  m.impl("embedding", &embedding_meta);
+  define<Quantize, quantize_meta>(m);
+  define<Dequantize, decode_meta>(m);
+  define<Embedding, decode_meta>(m);
 }
 
 }  // namespace onebit

@@ -6,10 +6,8 @@
 #include <ATen/ops/isnan.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <limits>
-#include <tuple>
 
 #include "rules.h"
 
@@ -18,14 +16,15 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-std::tuple<Tensor, Tensor, Tensor> quantize_composite(const Tensor& w, int64_t group_size) {
-  const auto shape = check_quantize<int64_t>(w, group_size);
+Quantized quantize_composite(const Quantize& o) {
+  const auto& w = o.w;
+  const auto shape = check_quantize<int64_t>(w, o.group_size);
   ONEBIT_WARN_SLOW("quantize", w);
   if (w.numel() == 0) {
     return {at::zeros(shape.packed, w.options().dtype(at::kInt)),
             at::zeros(shape.scales, w.options()), at::zeros(shape.scales, w.options())};
   }
-  const auto groups = split_last(w.to(sum_type(w)), group_size);
+  const auto groups = split_last(w.to(sum_type(w)), o.group_size);
   const auto nan = at::isnan(groups);
   const auto least = groups.masked_fill(nan, kInfinity).amin(-1, true);
   const auto high = groups.masked_fill(nan, -kInfinity).amax(-1, true);
@@ -43,36 +42,27 @@ std::tuple<Tensor, Tensor, Tensor> quantize_composite(const Tensor& w, int64_t g
           low.squeeze(-1).to(w.scalar_type())};
 }
 
-Tensor dequantize_composite(const Tensor& packed,
-                            const Tensor& scales,
-                            const OptionalTensor& biases,
-                            int64_t group_size) {
-  check_dequantize<int64_t>(packed, scales, biases, group_size);
-  ONEBIT_WARN_SLOW("dequantize", packed);
-  return decode(packed, scales, biases, group_size, scales.scalar_type());
-}
-
-Tensor embedding_composite(const Tensor& indices,
-                           const Tensor& packed,
-                           const Tensor& scales,
-                           const OptionalTensor& biases,
-                           int64_t group_size) {
-  const auto sizes = check_embedding<int64_t>(indices, packed, scales, biases, group_size);
-  ONEBIT_WARN_SLOW("embedding", packed);
-  const auto words = packed.scalar_type() == at::kInt ? packed : packed.view(at::kInt);
-  const auto rows = indices.reshape(-1);
+Tensor decode_composite(const Coded& o) {
+  const auto sizes = check_decode<int64_t>(o);
+  const auto type = o.scales.scalar_type();
+  if (!o.indices) {
+    ONEBIT_WARN_SLOW("dequantize", o.packed);
+    return decode(o.packed, o.scales, o.biases, o.group_size, type);
+  }
+  ONEBIT_WARN_SLOW("embedding", o.packed);
+  const auto words = o.packed.scalar_type() == at::kInt ? o.packed : o.packed.view(at::kInt);
+  const auto rows = o.indices->reshape(-1);
   const auto pick = [&](const Tensor& t) { return t.index_select(0, rows); };
-  return decode(pick(words), pick(scales), biases ? OptionalTensor(pick(*biases)) : std::nullopt,
-                group_size, scales.scalar_type())
-      .reshape(sizes);
+  const auto biases = o.biases ? OptionalTensor(pick(*o.biases)) : std::nullopt;
+  return decode(pick(words), pick(o.scales), biases, o.group_size, type).reshape(sizes);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, CompositeExplicitAutograd, m) {
-  m.impl("quantize", &quantize_composite);
-  m.impl("dequantize", &dequantize_composite);
-  m.impl("embedding", &embedding_composite);
+  define<Quantize, quantize_composite>(m);
+  define<Dequantize, decode_composite>(m);
+  define<Embedding, decode_composite>(m);
 }
 
 }  // namespace onebit

@@ -1,12 +1,9 @@
 // What quantize, dequantize and embedding accept.
 #pragma once
 
-#include "../rules.h"
+#include "operands.h"
 
 namespace onebit {
-
-// quantize
-// ------------------------------------------------------------------------------------------
 
 template <class Int>
 struct QuantizeShape {
@@ -29,37 +26,21 @@ QuantizeShape<Int> check_quantize(const Tensor& w, int64_t group_size) {
   return shape;
 }
 
-// dequantize
-// ----------------------------------------------------------------------------------------
-
+// Returns the shape of what is decoded.
 template <class Int>
-Sizes<Int> check_dequantize(const Tensor& packed,
-                            const Tensor& scales,
-                            const OptionalTensor& biases,
-                            int64_t group_size) {
-  const Int columns = check_packed<Int>(packed, group_size, 1);
-  check_levels<Int>(scales, biases, packed, group_size);
-  auto sizes = sizes_of<Int>(packed);
+Sizes<Int> check_decode(const Coded& o) {
+  const Int columns = check_packed<Int>(o.packed, o.group_size, o.indices ? 2 : 1);
+  TORCH_CHECK_VALUE(!o.indices || o.packed.dim() == 2, "packed must have 2 dimensions, got ",
+                    o.packed.dim());
+  check_levels<Int>(o.scales, o.biases, o.packed, o.group_size);
+  auto sizes = sizes_of<Int>(o.packed);
+  if (o.indices) {
+    check_indices("indices", *o.indices);
+    check_same_device("indices", *o.indices, o.packed);
+    sizes = sizes_of<Int>(*o.indices);
+    sizes.emplace_back();
+  }
   sizes.back() = columns;
-  return sizes;
-}
-
-// embedding
-// -----------------------------------------------------------------------------------------
-
-template <class Int>
-Sizes<Int> check_embedding(const Tensor& indices,
-                           const Tensor& packed,
-                           const Tensor& scales,
-                           const OptionalTensor& biases,
-                           int64_t group_size) {
-  const Int columns = check_packed<Int>(packed, group_size, 2);
-  TORCH_CHECK_VALUE(packed.dim() == 2, "packed must have 2 dimensions, got ", packed.dim());
-  check_levels<Int>(scales, biases, packed, group_size);
-  check_indices("indices", indices);
-  check_same_device("indices", indices, packed);
-  auto sizes = sizes_of<Int>(indices);
-  sizes.push_back(columns);
   return sizes;
 }
 

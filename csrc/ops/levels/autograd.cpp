@@ -6,7 +6,6 @@
 #include <torch/csrc/autograd/functions/basic_ops.h>
 
 #include <string>
-#include <tuple>
 
 #include "rules.h"
 
@@ -41,8 +40,8 @@ struct Inputs {
 
 const Backward kFakeQuantize = {"OneBitFakeQuantizeBackward",
                                 [](const variable_list& grads, const Saved& saved, const Needed&) {
-                                  return variable_list{call<FakeQuantizeBackward>(
-                                      grads[0], saved.tensors[0], saved.text, saved.numbers[0])};
+                                  return variable_list{call(FakeQuantizeBackward{
+                                      grads[0], saved.tensors[0], saved.text, saved.numbers[0]})};
                                 }};
 
 // Inputs: w, scales, biases.
@@ -53,8 +52,8 @@ const Backward kFakeQuantizeAffine = {
       variable_list out(3);
       if (needed[0]) out[0] = grad.to(w.scalar_type());
       if (needed[1] || needed[2]) {
-        std::tie(out[1], out[2]) = call<FakeQuantizeAffineBackward>(
-            grad, w, saved.tensors[1], saved.tensors[2], saved.numbers[0]);
+        std::tie(out[1], out[2]) = call(FakeQuantizeAffineBackward{
+            grad, w, saved.tensors[1], saved.tensors[2], saved.numbers[0]});
       }
       return out;
     }};
@@ -91,19 +90,11 @@ GradLevels grad_levels_autograd(const LevelOperands& o, Below<GradLevels> below)
   return {of_scales, of_biases};
 }
 
-// Autograd looks at versions to tell whether what it saved is still what it was.
-template <class Operands>
-Tensor counted(const Operands& o, Below<Tensor> below) {
-  const auto changes = below();
-  o.bits.unsafeGetTensorImpl()->bump_version();
-  return changes;
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, ADInplaceOrView, m) {
-  define_inplace<FlipBits, counted<FlipOperands>>(m);
-  define_inplace<Descend, counted<DescentOperands>>(m);
+  define_inplace<FlipBits>(m);
+  define_inplace<Descend>(m);
 }
 
 TORCH_LIBRARY_IMPL(onebit, Autograd, m) {

@@ -60,14 +60,12 @@ GradLevels grad_levels_meta(const LevelOperands& o) {
   return {empty(shape.scales, o.w, type), empty(shape.scales, o.w, type)};
 }
 
-Tensor flip_bits_meta(const FlipOperands& o) {
+Tensor flip_bits_meta(const FlipBits& o) {
   const auto sizes = check_flip_bits<SymInt>(o);
   return empty(sizes, o.error, o.error.scalar_type());
 }
 
-Tensor descend_meta(const DescentOperands& o) {
-  return empty(check_descend<SymInt>(o), o.bits, at::kLong);
-}
+Tensor descend_meta(const Descend& o) { return empty(check_descend<SymInt>(o), o.bits, at::kLong); }
 
 }  // namespace
 

@@ -93,7 +93,7 @@ void check_descent(const Operands& o) {
 
 // Returns [n, end - begin].
 template <class Int>
-Sizes<Int> check_flip_bits(const FlipOperands& o) {
+Sizes<Int> check_flip_bits(const FlipBits& o) {
   check_descent<Int>(o);
   const auto sizes = sizes_of<Int>(o.bits);
   TORCH_CHECK_VALUE(0 <= o.begin && o.begin < o.end && o.end <= sizes[1],
@@ -104,7 +104,7 @@ Sizes<Int> check_flip_bits(const FlipOperands& o) {
 
 // Returns [n].
 template <class Int>
-Sizes<Int> check_descend(const DescentOperands& o) {
+Sizes<Int> check_descend(const Descend& o) {
   check_descent<Int>(o);
   TORCH_CHECK_VALUE(o.sweeps >= 1, "sweeps must be at least 1, got ", o.sweeps);
   return {sizes_of<Int>(o.bits)[0]};

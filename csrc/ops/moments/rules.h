@@ -6,7 +6,7 @@
 namespace onebit {
 
 template <class Int>
-void check_add_products(const ProductOperands& o) {
+void check_add_products(const AddProducts& o) {
   const auto& [sum, a, b, upper] = o;
   check_dense("sum", sum);
   TORCH_CHECK_VALUE(sum.scalar_type() == at::kFloat, "sum must be float32, got ",

@@ -7,26 +7,11 @@
 #include <ATen/ops/index_add.h>
 #include <ATen/ops/zeros.h>
 
-#include <tuple>
-
 #include "prepacked.h"
 #include "rules.h"
 
 namespace onebit {
 namespace {
-
-using AffineGrad = std::tuple<Tensor, Tensor>(const Tensor&,
-                                              const Tensor&,
-                                              const Tensor&,
-                                              const OptionalTensor&,
-                                              const OptionalTensor&,
-                                              int64_t,
-                                              bool);
-
-const auto& affine_grad() {
-  static const auto op = find_op<AffineGrad>("onebit::affine_grad");
-  return op;
-}
 
 // The matrix of a product, qmm or gather_qmm, as its backward needs it.
 struct Matrix {
@@ -35,6 +20,20 @@ struct Matrix {
   int64_t group_size;
   bool transpose;
 
+  explicit Matrix(const Pairs& o)
+      : packed(o.packed),
+        lhs_indices(o.lhs_indices),
+        rhs_indices(o.rhs_indices),
+        group_size(o.group_size),
+        transpose(o.transpose) {}
+
+  Matrix(const Saved& saved, size_t first)
+      : packed(saved.tensors[first]),
+        lhs_indices(or_none(saved.tensors[first + 1])),
+        rhs_indices(or_none(saved.tensors[first + 2])),
+        group_size(saved.numbers[0]),
+        transpose(saved.numbers[1] != 0) {}
+
   bool gathers() const { return lhs_indices || rhs_indices; }
 
   void save(Saved& saved) const {
@@ -42,14 +41,11 @@ struct Matrix {
                          {packed, or_undefined(lhs_indices), or_undefined(rhs_indices)});
     saved.numbers = {group_size, transpose};
   }
-  static Matrix from(const Saved& saved, size_t first) {
-    return {saved.tensors[first], or_none(saved.tensors[first + 1]),
-            or_none(saved.tensors[first + 2]), saved.numbers[0], saved.numbers[1] != 0};
-  }
 
   Tensor times(const Tensor& x, const Tensor& scales, const OptionalTensor& biases) const {
-    return product({gathers() ? Form::kGather : Form::kQmm, x, packed, scales, biases, group_size,
-                    transpose, lhs_indices, rhs_indices});
+    return gathers() ? call(GatherQmm{x, packed, scales, biases, lhs_indices, rhs_indices,
+                                      group_size, transpose})
+                     : call(Qmm{x, packed, scales, biases, group_size, transpose});
   }
 
   // The gradient of x [sizes] is the product with the other transpose, summed where x was broadcast
@@ -61,12 +57,12 @@ struct Matrix {
     if (!gathers()) {
       const bool vector = sizes.size() == 1 && packed.dim() > 2;
       const auto rows = vector ? grad.unsqueeze(-2) : grad;
-      auto result = product({Form::kQmm, rows, packed, scales, biases, group_size, !transpose});
+      auto result = call(Qmm{rows, packed, scales, biases, group_size, !transpose});
       if (vector) result = result.squeeze(-2);
       return result.sym_sizes() == sizes ? result : at::sum_to(result, sizes);
     }
-    const auto each = product({Form::kGather, grad, packed, scales, biases, group_size, !transpose,
-                               kAbsent, rhs_indices});
+    const auto each =
+        call(GatherQmm{grad, packed, scales, biases, kAbsent, rhs_indices, group_size, !transpose});
     if (!lhs_indices) return at::sum_to(each, sizes);
     // A matrix of x that was gathered often sums as many terms: in float32 whatever its dtype.
     const auto batch = grad.sym_sizes().slice(0, grad.dim() - 2);
@@ -81,8 +77,8 @@ struct Matrix {
         .reshape_symint(sizes);
   }
 
-  std::tuple<Tensor, Tensor> grad_levels(const Tensor& grad, const Tensor& x) const {
-    return affine_grad().call(grad, x, packed, lhs_indices, rhs_indices, group_size, transpose);
+  LevelGrads grad_levels(const Tensor& grad, const Tensor& x) const {
+    return call(AffineGrad{grad, x, packed, lhs_indices, rhs_indices, group_size, transpose});
   }
 };
 
@@ -92,7 +88,7 @@ const Backward kProduct = {
     "OneBitQmmBackward", [](const variable_list& grads, const Saved& saved, const Needed& needed) {
       const Tensor &grad = grads[0], &x = saved.tensors[0], &scales = saved.tensors[1];
       const auto biases = or_none(saved.tensors[2]);
-      const auto w = Matrix::from(saved, 3);
+      const Matrix w(saved, 3);
       variable_list out(3);
       if (needed[0]) out[0] = w.grad_x(grad, saved.sizes, scales, biases);
       if (needed[1] || needed[2]) {
@@ -113,22 +109,20 @@ const Backward kAffineGrad = {
       const auto a = grads[0].defined() ? grads[0] : at::zeros_like(grads[1]);
       const auto b = grads[1].defined() ? grads[1] : at::zeros_like(grads[0]);
       const Tensor &grad = saved.tensors[0], &x = saved.tensors[1];
-      const auto w = Matrix::from(saved, 2);
+      const Matrix w(saved, 2);
       variable_list out(2);
       if (needed[0]) out[0] = w.times(x, a, b);
       if (needed[1]) out[1] = w.grad_x(grad, x.sym_sizes(), a, b);
       return out;
     }};
 
-Tensor product_autograd(c10::DispatchKeySet keys, const Operands& o) {
+Tensor product_autograd(const Operands& o, Below<Tensor> below) {
   const bool records = autograd::compute_requires_grad(o.x, o.scales, or_undefined(o.biases));
   const bool of_levels = has_tangent(o.scales) || has_tangent(o.biases);
-  auto y = with_operator(o, [&](const auto& op, const auto&... arguments) {
-    return below_autograd(op, keys, arguments...);
-  });
+  auto y = below();
   if (!records && !of_levels && !has_tangent(o.x)) return y;
 
-  const Matrix w{o.packed, o.lhs_indices, o.rhs_indices, o.group_size, o.transpose};
+  const Matrix w(o);
   if (records) {
     const auto biases = or_undefined(o.biases);
     const bool trains = o.scales.requires_grad() || (o.biases && o.biases->requires_grad());
@@ -151,52 +145,41 @@ const Backward kPrepacked = {
     "OneBitQmmPrepackedBackward",
     [](const variable_list& grads, const Saved& saved, const Needed&) {
       const auto& n = saved.numbers;
-      const Prepacked w{saved.tensors[0],       n[0], n[1], n[2], at::ScalarType(n[3]),
+      const Unprepack w{saved.tensors[0],       n[0], n[1], n[2], at::ScalarType(n[3]),
                         /*symmetric=*/n[4] != 0};
-      const auto [packed, scales, all_biases] = unprepack(w);
+      const auto [packed, scales, all_biases] = call(w);
       const auto biases = w.symmetric ? std::nullopt : OptionalTensor(all_biases);
-      return variable_list{
-          product({Form::kQmm, grads[0], packed, scales, biases, w.group_size, false})};
+      return variable_list{call(Qmm{grads[0], packed, scales, biases, w.group_size, false})};
     }};
 
-Tensor prepacked_autograd(c10::DispatchKeySet keys, const Tensor& x, const Prepacked& w) {
-  auto y = with_qmm_prepacked(x, w, [&](const auto& op, const auto&... arguments) {
-    return below_autograd(op, keys, arguments...);
-  });
-  if (autograd::compute_requires_grad(x)) {
+Tensor prepacked_autograd(const QmmPrepacked& o, Below<Tensor> below) {
+  auto y = below();
+  if (autograd::compute_requires_grad(o.x)) {
     const Saved saved{
-        {w.bytes}, {}, {w.rows, w.columns, w.group_size, int64_t(w.dtype), w.symmetric}, {}};
-    record(kPrepacked, saved, {&y}, x);
+        {o.bytes}, {}, {o.rows, o.columns, o.group_size, int64_t(o.dtype), o.symmetric}, {}};
+    record(kPrepacked, saved, {&y}, o.x);
   }
-  if (has_tangent(x)) set_tangent(y, qmm_prepacked(tangent(x), w));
+  if (has_tangent(o.x)) set_tangent(y, call(with_x(o, tangent(o.x))));
   return y;
 }
 
-std::tuple<Tensor, Tensor> affine_grad_autograd(c10::DispatchKeySet keys,
-                                                const Tensor& grad,
-                                                const Tensor& x,
-                                                const Tensor& packed,
-                                                const OptionalTensor& lhs_indices,
-                                                const OptionalTensor& rhs_indices,
-                                                int64_t group_size,
-                                                bool transpose) {
-  auto [of_scales, of_biases] = below_autograd(affine_grad(), keys, grad, x, packed, lhs_indices,
-                                               rhs_indices, group_size, transpose);
-  const Matrix w{packed, lhs_indices, rhs_indices, group_size, transpose};
-  if (autograd::compute_requires_grad(grad, x)) {
-    Saved saved{{grad, x}, {}, {}, {}};
+LevelGrads affine_grad_autograd(const AffineGrad& o, Below<LevelGrads> below) {
+  auto [of_scales, of_biases] = below();
+  const Matrix w(o.pairs());
+  if (autograd::compute_requires_grad(o.grad, o.x)) {
+    Saved saved{{o.grad, o.x}, {}, {}, {}};
     w.save(saved);
-    record(kAffineGrad, saved, {&of_scales, &of_biases}, grad, x);
+    record(kAffineGrad, saved, {&of_scales, &of_biases}, o.grad, o.x);
   }
-  if (has_tangent(grad) || has_tangent(x)) {
+  if (has_tangent(o.grad) || has_tangent(o.x)) {
     Tensor scales, biases;
     const auto add = [&](const Tensor& grad, const Tensor& x) {
       const auto [to_scales, to_biases] = w.grad_levels(grad, x);
       scales = plus(scales, to_scales);
       biases = plus(biases, to_biases);
     };
-    if (has_tangent(grad)) add(tangent(grad), primal(x));
-    if (has_tangent(x)) add(primal(grad), tangent(x));
+    if (has_tangent(o.grad)) add(tangent(o.grad), primal(o.x));
+    if (has_tangent(o.x)) add(primal(o.grad), tangent(o.x));
     set_tangent(of_scales, scales);
     set_tangent(of_biases, biases);
   }
@@ -206,9 +189,10 @@ std::tuple<Tensor, Tensor> affine_grad_autograd(c10::DispatchKeySet keys,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, Autograd, m) {
-  ProductForms<product_autograd, c10::DispatchKeySet>::define(m);
-  m.impl("qmm_prepacked", &QmmPrepacked<prepacked_autograd, c10::DispatchKeySet>::op);
-  m.impl("affine_grad", &affine_grad_autograd);
+  define_autograd<Qmm, product_autograd>(m);
+  define_autograd<GatherQmm, product_autograd>(m);
+  define_autograd<QmmPrepacked, prepacked_autograd>(m);
+  define_autograd<AffineGrad, affine_grad_autograd>(m);
 }
 
 }  // namespace onebit

@@ -55,21 +55,16 @@ struct BatchIndices {
   // For kernels that know the formula; the others need a tensor of both.
   enum class Formula { kNo, kYes };
 
-  BatchIndices(const QmmShape<int64_t>& shape,
-               const Tensor& x_values,
-               const Tensor& packed,
-               const OptionalTensor& lhs_indices,
-               const OptionalTensor& rhs_indices,
-               Formula formula = Formula::kNo) {
-    if (packed.dim() == 2 && !lhs_indices && !rhs_indices && shape.batch.empty()) return;
-    const auto of_x = x_values.sizes().slice(0, std::max<int64_t>(x_values.dim() - 2, 0));
-    const auto of_w = packed.sizes().slice(0, packed.dim() - 2);
+  BatchIndices(const QmmShape<int64_t>& shape, const Pairs& o, Formula formula = Formula::kNo) {
+    if (o.packed.dim() == 2 && !o.lhs_indices && !o.rhs_indices && shape.batch.empty()) return;
+    const auto of_x = o.x.sizes().slice(0, std::max<int64_t>(o.x.dim() - 2, 0));
+    const auto of_w = o.packed.sizes().slice(0, o.packed.dim() - 2);
     if (formula == Formula::kYes) {
-      if (!lhs_indices) x_repeat = repeat_of(of_x, shape.batch);
-      if (!rhs_indices) w_repeat = repeat_of(of_w, shape.batch);
+      if (!o.lhs_indices) x_repeat = repeat_of(of_x, shape.batch);
+      if (!o.rhs_indices) w_repeat = repeat_of(of_w, shape.batch);
     }
-    if (x_repeat == 0) x = batch_index(lhs_indices, of_x, shape.batch, x_values);
-    if (w_repeat == 0) w = batch_index(rhs_indices, of_w, shape.batch, x_values);
+    if (x_repeat == 0) x = batch_index(o.lhs_indices, of_x, shape.batch, o.x);
+    if (w_repeat == 0) w = batch_index(o.rhs_indices, of_w, shape.batch, o.x);
     indexed_ = true;
     batches = static_cast<uint32_t>(c10::multiply_integers(shape.batch));
     x_matrices = static_cast<uint32_t>(c10::multiply_integers(of_x));

@@ -5,9 +5,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
-
-#include <tuple>
 
 #include "prepacked.h"
 #include "rules.h"
@@ -26,7 +23,7 @@ Tensor pick_matrices(const Tensor& t, const OptionalTensor& indices) {
 // Sizes may be symbols: compilers trace through it.
 Tensor product_composite(const Operands& o) {
   const auto shape = check_product<c10::SymInt>(o);
-  if (o.form == Form::kGather) {
+  if (o.gathered) {
     ONEBIT_WARN_SLOW("gather_qmm", o.x);
   } else {
     ONEBIT_WARN_SLOW("qmm", o.x);
@@ -42,15 +39,10 @@ Tensor product_composite(const Operands& o) {
       .reshape_symint(shape.y);
 }
 
-std::tuple<Tensor, Tensor> affine_grad_composite(const Tensor& grad,
-                                                 const Tensor& x,
-                                                 const Tensor& packed,
-                                                 const OptionalTensor& lhs_indices,
-                                                 const OptionalTensor& rhs_indices,
-                                                 int64_t group_size,
-                                                 bool transpose) {
-  const auto shape =
-      check_affine_grad<int64_t>(grad, x, packed, lhs_indices, rhs_indices, group_size, transpose);
+LevelGrads affine_grad_composite(const AffineGrad& o) {
+  const auto shape = check_affine_grad<int64_t>(o);
+  const Tensor &grad = o.grad, &x = o.x, &packed = o.packed;
+  const auto &lhs_indices = o.lhs_indices, &rhs_indices = o.rhs_indices;
   ONEBIT_WARN_SLOW("affine_grad", x);
   const auto type = sum_type(x);
   const bool folds = shape.batch.empty() && !lhs_indices && !rhs_indices && packed.dim() == 2;
@@ -59,11 +51,11 @@ std::tuple<Tensor, Tensor> affine_grad_composite(const Tensor& grad,
   };
   const auto inputs = as_matrix(pick_matrices(x, lhs_indices)).to(type);
   const auto grads = (folds || x.dim() > 1 ? as_matrix(grad) : grad.unsqueeze(-2)).to(type);
-  const auto by_row = transpose ? grads : inputs, by_column = transpose ? inputs : grads;
+  const auto by_row = o.transpose ? grads : inputs, by_column = o.transpose ? inputs : grads;
   // Per output matrix, the sums over groups of its dense gradient; then per matrix of packed.
   const auto dense = at::matmul(by_row.transpose(-1, -2), by_column);
   const auto bits = bits_of(packed, type);
-  const auto sum_groups = [&](const Tensor& t) { return split_last(t, group_size).sum(-1); };
+  const auto sum_groups = [&](const Tensor& t) { return split_last(t, o.group_size).sum(-1); };
   if (!rhs_indices) {
     const auto all = at::sum_to(dense, bits.sizes());
     return {sum_groups(all * bits), sum_groups(all)};
@@ -78,40 +70,35 @@ std::tuple<Tensor, Tensor> affine_grad_composite(const Tensor& grad,
 }
 
 // Prepacked weights are of the device that made them: there is no plain form of them.
-void refuse_device(const char* name, const Tensor& t) {
+[[noreturn]] void refuse_device(const char* name, const Tensor& t) {
   TORCH_CHECK_NOT_IMPLEMENTED(false, name, " must be on a device that prepacks weights (the cpu), ",
                               "got ", t.device().type());
 }
 
-Tensor prepack_elsewhere(const Tensor& packed,
-                         const Tensor& scales,
-                         const OptionalTensor& biases,
-                         int64_t group_size) {
-  check_prepack<int64_t>(packed, scales, biases, group_size);
-  refuse_device("packed", packed);
-  return {};
+Tensor prepack_elsewhere(const Prepack& o) {
+  check_prepack<int64_t>(o);
+  refuse_device("packed", o.packed);
 }
 
-Canonical unprepack_elsewhere(const Prepacked& w) {
+Canonical unprepack_elsewhere(const Unprepack& w) {
   check_prepacked(w);
   refuse_device("prepacked", w.bytes);
-  return {};
 }
 
-Tensor qmm_prepacked_elsewhere(const Tensor& x, const Prepacked& w) {
-  check_qmm_prepacked<int64_t>(x, w);
-  refuse_device("prepacked", w.bytes);
-  return {};
+Tensor qmm_prepacked_elsewhere(const QmmPrepacked& o) {
+  check_qmm_prepacked<int64_t>(o);
+  refuse_device("prepacked", o.bytes);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, CompositeExplicitAutograd, m) {
-  ProductForms<product_composite>::define(m);
-  m.impl("prepack", &prepack_elsewhere);
-  m.impl("unprepack", &Unprepack<unprepack_elsewhere>::op);
-  m.impl("qmm_prepacked", &QmmPrepacked<qmm_prepacked_elsewhere>::op);
-  m.impl("affine_grad", &affine_grad_composite);
+  define<Qmm, product_composite>(m);
+  define<GatherQmm, product_composite>(m);
+  define<Prepack, prepack_elsewhere>(m);
+  define<Unprepack, unprepack_elsewhere>(m);
+  define<QmmPrepacked, qmm_prepacked_elsewhere>(m);
+  define<AffineGrad, affine_grad_composite>(m);
 }
 
 }  // namespace onebit

@@ -1,92 +1,88 @@
-// What a product reads. qmm and gather_qmm are forms of one product: each layer, from autocast to
-// the kernels, is one function of Operands. The product with prepacked weights has prepacked.h.
+// What products and their gradient read. qmm and gather_qmm are forms of one product: each layer,
+// from autograd to the kernels, is one function of Operands. prepacked.h has the product with
+// prepacked weights.
 #pragma once
 
-#include <torch/library.h>
-
 #include "../dispatch.h"
-#include "../rules.h"
 
 namespace onebit {
 
-enum class Form { kQmm, kGather };
-
 inline const OptionalTensor kAbsent;
 
-struct Operands {
-  Form form;
+// Which matrices of x meet which of packed: those that broadcast, as in torch.matmul; or those that
+// are gathered, where an index that is absent counts them in order.
+struct Pairs {
+  const Tensor& x;
+  const Tensor& packed;
+  int64_t group_size;
+  bool transpose = true;
+  bool gathered = false;
+  const OptionalTensor& lhs_indices = kAbsent;
+  const OptionalTensor& rhs_indices = kAbsent;
+};
+
+struct Operands : Pairs {
+  const Tensor& scales;
+  const OptionalTensor& biases;
+  bool sorted_indices = false;
+};
+
+struct Qmm {
+  static constexpr const char* kName = "onebit::qmm";
+  using Result = Tensor;
   const Tensor& x;
   const Tensor& packed;
   const Tensor& scales;
   const OptionalTensor& biases;
   int64_t group_size;
   bool transpose = true;
-  const OptionalTensor& lhs_indices = kAbsent;  // kGather
-  const OptionalTensor& rhs_indices = kAbsent;
+  auto fields() const { return std::tie(x, packed, scales, biases, group_size, transpose); }
+  operator Operands() const { return {{x, packed, group_size, transpose}, scales, biases}; }
+};
+
+struct GatherQmm {
+  static constexpr const char* kName = "onebit::gather_qmm";
+  using Result = Tensor;
+  const Tensor& x;
+  const Tensor& packed;
+  const Tensor& scales;
+  const OptionalTensor& biases;
+  const OptionalTensor& lhs_indices;
+  const OptionalTensor& rhs_indices;
+  int64_t group_size;
+  bool transpose;
   bool sorted_indices = false;
-
-  Operands with_x(const Tensor& other) const {
-    return {form,       other,     packed,      scales,      biases,
-            group_size, transpose, lhs_indices, rhs_indices, sorted_indices};
+  auto fields() const {
+    return std::tie(x, packed, scales, biases, lhs_indices, rhs_indices, group_size, transpose,
+                    sorted_indices);
+  }
+  operator Operands() const {
+    return {{x, packed, group_size, transpose, true, lhs_indices, rhs_indices},
+            scales,
+            biases,
+            sorted_indices};
   }
 };
 
-// The public operators in terms of `f`, a function of Operands; Keys is c10::DispatchKeySet where f
-// wants to know them.
-template <auto f, class... Keys>
-struct ProductForms {
-  static Tensor qmm(Keys... keys,
-                    const Tensor& x,
-                    const Tensor& packed,
-                    const Tensor& scales,
-                    const OptionalTensor& biases,
-                    int64_t group_size,
-                    bool transpose) {
-    return f(keys..., Operands{Form::kQmm, x, packed, scales, biases, group_size, transpose});
-  }
+// The gradients of scales and biases, from x and the gradient of the result.
+using LevelGrads = std::tuple<Tensor, Tensor>;
 
-  static Tensor gather_qmm(Keys... keys,
-                           const Tensor& x,
-                           const Tensor& packed,
-                           const Tensor& scales,
-                           const OptionalTensor& biases,
-                           const OptionalTensor& lhs_indices,
-                           const OptionalTensor& rhs_indices,
-                           int64_t group_size,
-                           bool transpose,
-                           bool sorted_indices) {
-    return f(keys..., Operands{Form::kGather, x, packed, scales, biases, group_size, transpose,
-                               lhs_indices, rhs_indices, sorted_indices});
+struct AffineGrad {
+  static constexpr const char* kName = "onebit::affine_grad";
+  using Result = LevelGrads;
+  const Tensor& grad;
+  const Tensor& x;
+  const Tensor& packed;
+  const OptionalTensor& lhs_indices;  // of gather_qmm; it was qmm when there is none
+  const OptionalTensor& rhs_indices;
+  int64_t group_size;
+  bool transpose;
+  auto fields() const {
+    return std::tie(grad, x, packed, lhs_indices, rhs_indices, group_size, transpose);
   }
-
-  static void define(torch::Library& m) {
-    m.impl("qmm", &qmm);
-    m.impl("gather_qmm", &gather_qmm);
+  Pairs pairs() const {
+    return {x, packed, group_size, transpose, lhs_indices || rhs_indices, lhs_indices, rhs_indices};
   }
 };
-
-inline Tensor product(const Operands& o);
-
-// run(operator, arguments...) of the public operator that the operands belong to.
-template <class Run>
-Tensor with_operator(const Operands& o, const Run& run) {
-  using Signatures = ProductForms<product>;
-  switch (o.form) {
-    case Form::kGather: {
-      static const auto op = find_op<decltype(Signatures::gather_qmm)>("onebit::gather_qmm");
-      return run(op, o.x, o.packed, o.scales, o.biases, o.lhs_indices, o.rhs_indices, o.group_size,
-                 o.transpose, o.sorted_indices);
-    }
-    case Form::kQmm:
-      break;
-  }
-  static const auto op = find_op<decltype(Signatures::qmm)>("onebit::qmm");
-  return run(op, o.x, o.packed, o.scales, o.biases, o.group_size, o.transpose);
-}
-
-// The product, through the dispatcher.
-inline Tensor product(const Operands& o) {
-  return with_operator(o, [](const auto& op, const auto&... args) { return op.call(args...); });
-}
 
 }  // namespace onebit

@@ -2,83 +2,49 @@
 // but that device, with what it stands for.
 #pragma once
 
-#include <tuple>
-
 #include "../dispatch.h"
-#include "../rules.h"
 
 namespace onebit {
 
-struct Prepacked {
+using Canonical = std::tuple<Tensor, Tensor, Tensor>;  // packed, scales, biases
+
+struct Prepack {
+  static constexpr const char* kName = "onebit::prepack";
+  using Result = Tensor;
+  const Tensor& packed;
+  const Tensor& scales;
+  const OptionalTensor& biases;
+  int64_t group_size;
+  auto fields() const { return std::tie(packed, scales, biases, group_size); }
+};
+
+struct Unprepack {
+  static constexpr const char* kName = "onebit::unprepack";
+  using Result = Canonical;
   const Tensor& bytes;
   int64_t rows, columns;
   int64_t group_size;
   at::ScalarType dtype;  // of scales and biases
   bool symmetric;        // no biases
+  auto fields() const { return std::tie(bytes, rows, columns, group_size, dtype, symmetric); }
 };
 
-using Canonical = std::tuple<Tensor, Tensor, Tensor>;  // packed, scales, biases
-
-// The operators in terms of `f`, a function of Prepacked; Keys is c10::DispatchKeySet where it
-// wants to know them.
-template <auto f, class... Keys>
 struct QmmPrepacked {
-  static Tensor op(Keys... keys,
-                   const Tensor& x,
-                   const Tensor& prepacked,
-                   int64_t rows,
-                   int64_t columns,
-                   int64_t group_size,
-                   at::ScalarType dtype,
-                   bool symmetric) {
-    return f(keys..., x, Prepacked{prepacked, rows, columns, group_size, dtype, symmetric});
-  }
+  static constexpr const char* kName = "onebit::qmm_prepacked";
+  using Result = Tensor;
+  const Tensor& x;
+  const Tensor& bytes;  // these as of Unprepack
+  int64_t rows, columns;
+  int64_t group_size;
+  at::ScalarType dtype;
+  bool symmetric;
+  auto fields() const { return std::tie(x, bytes, rows, columns, group_size, dtype, symmetric); }
+  Unprepack weights() const { return {bytes, rows, columns, group_size, dtype, symmetric}; }
 };
-
-template <auto f>
-struct Unprepack {
-  static Canonical op(const Tensor& prepacked,
-                      int64_t rows,
-                      int64_t columns,
-                      int64_t group_size,
-                      at::ScalarType dtype,
-                      bool symmetric) {
-    return f(Prepacked{prepacked, rows, columns, group_size, dtype, symmetric});
-  }
-};
-
-// The operators, through the dispatcher
-// -----------------------------------------------------------------------
-
-inline Tensor qmm_prepacked(const Tensor& x, const Prepacked& w);
-inline Canonical unprepack(const Prepacked& w);
-
-// run(operator, arguments...)
-template <class Run>
-Tensor with_qmm_prepacked(const Tensor& x, const Prepacked& w, const Run& run) {
-  using Signature = decltype(QmmPrepacked<qmm_prepacked>::op);
-  static const auto op = find_op<Signature>("onebit::qmm_prepacked");
-  return run(op, x, w.bytes, w.rows, w.columns, w.group_size, w.dtype, w.symmetric);
-}
-
-inline Tensor qmm_prepacked(const Tensor& x, const Prepacked& w) {
-  return with_qmm_prepacked(
-      x, w, [](const auto& op, const auto&... arguments) { return op.call(arguments...); });
-}
-
-inline Canonical unprepack(const Prepacked& w) {
-  static const auto op = find_op<decltype(Unprepack<unprepack>::op)>("onebit::unprepack");
-  return op.call(w.bytes, w.rows, w.columns, w.group_size, w.dtype, w.symmetric);
-}
-
-// Their rules
-// -----------------------------------------------------------------------------------------------
 
 template <class Int>
-void check_prepack(const Tensor& packed,
-                   const Tensor& scales,
-                   const OptionalTensor& biases,
-                   int64_t group_size) {
+void check_prepack(const Prepack& o) {
+  const auto& [packed, scales, biases, group_size] = o;
   check_packed<Int>(packed, group_size, 2);
   TORCH_CHECK_VALUE(packed.dim() == 2, "packed must have 2 dimensions, got ", packed.dim());
   check_levels<Int>(scales, biases, packed, group_size);
@@ -88,7 +54,7 @@ void check_prepack(const Tensor& packed,
 }
 
 // What can be said of bytes without reading them: the device knows which it made.
-inline void check_prepacked(const Prepacked& w) {
+inline void check_prepacked(const Unprepack& w) {
   check_dense("prepacked", w.bytes);
   TORCH_CHECK_VALUE(
       w.bytes.scalar_type() == at::kByte && w.bytes.dim() == 1 && w.bytes.is_contiguous(),
@@ -104,7 +70,9 @@ inline void check_prepacked(const Prepacked& w) {
 
 // Returns the shape of the product.
 template <class Int>
-Sizes<Int> check_qmm_prepacked(const Tensor& x, const Prepacked& w) {
+Sizes<Int> check_qmm_prepacked(const QmmPrepacked& o) {
+  const Tensor& x = o.x;
+  const auto w = o.weights();
   check_values("x", x);
   TORCH_CHECK_VALUE(x.dim() >= 1, "x must have at least 1 dimension, got ", x.dim());
   check_prepacked(w);

@@ -4,9 +4,6 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <tuple>
 
 #include "prepacked.h"
 #include "rules.h"
@@ -51,24 +48,18 @@ Tensor product_meta(const Operands& o) {
   return at::empty_symint(shape.y, o.x.options());
 }
 
-std::tuple<Tensor, Tensor> affine_grad_meta(const Tensor& grad,
-                                            const Tensor& x,
-                                            const Tensor& packed,
-                                            const OptionalTensor& lhs_indices,
-                                            const OptionalTensor& rhs_indices,
-                                            int64_t group_size,
-                                            bool transpose) {
-  check_affine_grad<SymInt>(grad, x, packed, lhs_indices, rhs_indices, group_size, transpose);
-  const auto sizes = levels_shape<SymInt>(packed, group_size);
-  const auto options = x.options().dtype(sum_type(x));
+LevelGrads affine_grad_meta(const AffineGrad& o) {
+  check_affine_grad<SymInt>(o);
+  const auto sizes = levels_shape<SymInt>(o.packed, o.group_size);
+  const auto options = o.x.options().dtype(sum_type(o.x));
   return {at::empty_symint(sizes, options), at::empty_symint(sizes, options)};
 }
 
-Tensor prepacked_meta(const Tensor& x, const Prepacked& w) {
-  return at::empty_symint(check_qmm_prepacked<SymInt>(x, w), x.options());
+Tensor prepacked_meta(const QmmPrepacked& o) {
+  return at::empty_symint(check_qmm_prepacked<SymInt>(o), o.x.options());
 }
 
-Canonical unprepack_meta(const Prepacked& w) {
+Canonical unprepack_meta(const Unprepack& w) {
   check_prepacked(w);
   const auto options = w.bytes.options();
   const int64_t groups = w.columns / w.group_size;
@@ -79,76 +70,84 @@ Canonical unprepack_meta(const Prepacked& w) {
 
 // x takes the region's dtype, as in F.linear; scales and biases keep theirs, for a kernel reads any
 // mix of dtypes and converting them would cost a pass per call.
-template <class Product>
-Tensor in_region(const Tensor& x, const Product& product) {
-  check_dense("x", x);  // converting reads it
-  const auto device = x.device().type();
+template <class Op>
+Tensor in_region(const Op& o) {
+  check_dense("x", o.x);  // converting reads it
+  const auto device = o.x.device().type();
   c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  return product(at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device));
+  const auto type = at::autocast::get_autocast_dtype(device);
+  return call(with_x(o, at::autocast::cached_cast(type, o.x, device)));
 }
 
-Tensor product_autocast(const Operands& o) {
-  return in_region(o.x, [&](const Tensor& x) { return product(o.with_x(x)); });
+struct Linear {
+  static constexpr const char* kName = "onebit::linear";
+  using Result = Tensor;
+  const Tensor& x;
+  const Tensor& packed;
+  const Tensor& scales;
+  const OptionalTensor& biases;
+  const OptionalTensor& bias;
+  int64_t group_size;
+  auto fields() const { return std::tie(x, packed, scales, biases, bias, group_size); }
+  Qmm product() const { return {x, packed, scales, biases, group_size}; }
+};
+
+struct LinearPrepacked {
+  static constexpr const char* kName = "onebit::linear_prepacked";
+  using Result = Tensor;
+  const Tensor& x;
+  const Tensor& bytes;
+  const OptionalTensor& bias;
+  int64_t rows, columns;
+  int64_t group_size;
+  at::ScalarType dtype;
+  bool symmetric;
+  auto fields() const {
+    return std::tie(x, bytes, bias, rows, columns, group_size, dtype, symmetric);
+  }
+  QmmPrepacked product() const { return {x, bytes, rows, columns, group_size, dtype, symmetric}; }
+};
+
+template <class Op>
+Tensor linear(const Op& o) {
+  const auto y = call(o.product());
+  if (!o.bias) return y;
+  check_values("bias", *o.bias);
+  check_sizes<SymInt>("bias", *o.bias, {y.sym_size(-1)}, " (one per output)");
+  return y + o.bias->to(y.scalar_type());
 }
 
-Tensor prepacked_autocast(const Tensor& x, const Prepacked& w) {
-  return in_region(x, [&](const Tensor& x) { return qmm_prepacked(x, w); });
+void define_autocast(torch::Library& m) {
+  define<Qmm, in_region<Qmm>>(m);
+  define<GatherQmm, in_region<GatherQmm>>(m);
 }
 
-Tensor plus_bias(const Tensor& y, const OptionalTensor& bias) {
-  if (!bias) return y;
-  check_values("bias", *bias);
-  check_sizes<SymInt>("bias", *bias, {y.sym_size(-1)}, " (one per output)");
-  return y + bias->to(y.scalar_type());
-}
-
-Tensor linear(const Tensor& x,
-              const Tensor& packed,
-              const Tensor& scales,
-              const OptionalTensor& biases,
-              const OptionalTensor& bias,
-              int64_t group_size) {
-  return plus_bias(product({Form::kQmm, x, packed, scales, biases, group_size}), bias);
-}
-
-Tensor linear_prepacked(const Tensor& x,
-                        const Tensor& prepacked,
-                        const OptionalTensor& bias,
-                        int64_t rows,
-                        int64_t columns,
-                        int64_t group_size,
-                        at::ScalarType dtype,
-                        bool symmetric) {
-  return plus_bias(qmm_prepacked(x, {prepacked, rows, columns, group_size, dtype, symmetric}),
-                   bias);
+void define_linear(torch::Library& m) {
+  define<Linear, linear<Linear>>(m);
+  define<LinearPrepacked, linear<LinearPrepacked>>(m);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(onebit, Meta, m) {
-  ProductForms<product_meta>::define(m);
-  m.impl("qmm_prepacked", &QmmPrepacked<prepacked_meta>::op);
-  m.impl("unprepack", &Unprepack<unprepack_meta>::op);
-  m.impl("affine_grad", &affine_grad_meta);
+  define<Qmm, product_meta>(m);
+  define<GatherQmm, product_meta>(m);
+  define<QmmPrepacked, prepacked_meta>(m);
+  define<Unprepack, unprepack_meta>(m);
+  define<AffineGrad, affine_grad_meta>(m);
 }
 
 TORCH_LIBRARY_IMPL(onebit, AutocastCPU, m) {
-  ProductForms<product_autocast>::define(m);
-  m.impl("qmm_prepacked", &QmmPrepacked<prepacked_autocast>::op);
+  define_autocast(m);
+  define<QmmPrepacked, in_region<QmmPrepacked>>(m);
 }
-TORCH_LIBRARY_IMPL(onebit, AutocastMPS, m) { ProductForms<product_autocast>::define(m); }
-TORCH_LIBRARY_IMPL(onebit, AutocastCUDA, m) { ProductForms<product_autocast>::define(m); }
-TORCH_LIBRARY_IMPL(onebit, AutocastXPU, m) { ProductForms<product_autocast>::define(m); }
+TORCH_LIBRARY_IMPL(onebit, AutocastMPS, m) { define_autocast(m); }
+TORCH_LIBRARY_IMPL(onebit, AutocastCUDA, m) { define_autocast(m); }
+TORCH_LIBRARY_IMPL(onebit, AutocastXPU, m) { define_autocast(m); }
 
-TORCH_LIBRARY_IMPL(onebit, CompositeImplicitAutograd, m) {
-  m.impl("linear", &linear);
-  m.impl("linear_prepacked", &linear_prepacked);
-}
+TORCH_LIBRARY_IMPL(onebit, CompositeImplicitAutograd, m) { define_linear(m); }
 // torch.vmap does not look there by itself: what they are made of has the rules.
-TORCH_LIBRARY_IMPL(onebit, FuncTorchBatchedDecomposition, m) {
-  m.impl("linear", &linear);
-  m.impl("linear_prepacked", &linear_prepacked);
-}
+TORCH_LIBRARY_IMPL(onebit, FuncTorchBatchedDecomposition, m) { define_linear(m); }
 
 }  // namespace onebit
