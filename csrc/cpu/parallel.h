@@ -1,10 +1,12 @@
-// at::parallel_for for kernels: on every thread with subnormals, which torch.set_flush_denormal and
-// -ffast-math libraries switch off on some threads and not on others. Results depend on neither.
+// How work is split among as many threads as torch.set_num_threads says.
 #pragma once
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <cstdint>
+
+#include "pool.h"
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -12,6 +14,17 @@
 
 namespace onebit::cpu {
 
+// Multiply-adds below which a second thread costs more than it saves: fork and join take up to 50
+// us when the other threads sleep, and a fast table does this many in 20.
+constexpr int64_t kMacsPerThread = 1 << 21;
+constexpr int64_t kRangesPerThread = 8;
+// Outputs that are worth tables of their own: with half as many a product takes up to 8 % longer.
+constexpr int64_t kOutputsPerRange = 1024;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// On every thread with subnormals, which torch.set_flush_denormal and -ffast-math libraries switch
+// off on some threads and not on others. Results depend on neither.
 class WithSubnormals {
  public:
   WithSubnormals() : mode_(get()) { set(mode_ & ~kFlush); }
@@ -44,12 +57,25 @@ class WithSubnormals {
   Mode mode_;
 };
 
+// f(first, last) of ranges that make up [0, count), a few for each thread: one that comes late or
+// is slow takes fewer. A thread is worth at least `grain`, a range `least` if shares are as large.
 template <class F>
-void in_parallel(int64_t begin, int64_t end, int64_t grain, const F& f) {
-  at::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
+void in_parallel(int64_t count, int64_t grain, int64_t least, const F& f) {
+  if (count <= 0) return;
+  const int64_t allowed = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t threads = std::min(allowed, ceil_div(count, std::max<int64_t>(grain, 1)));
+  const int64_t share = ceil_div(count, threads);
+  const int64_t ranges = threads == 1 ? 1 : std::clamp<int64_t>(share / least, 1, kRangesPerThread);
+  const int64_t step = ceil_div(share, ranges);
+  run_chunks(ceil_div(count, step), threads, [&](int64_t chunk) {
     const WithSubnormals mode;
-    f(first, last);
+    f(chunk * step, std::min((chunk + 1) * step, count));
   });
+}
+
+template <class F>
+void in_parallel(int64_t count, int64_t grain, const F& f) {
+  in_parallel(count, grain, grain, f);
 }
 
 }  // namespace onebit::cpu
