@@ -42,6 +42,12 @@ def interleaved(calls: dict[str, Callable[[], object]], repetitions: int) -> dic
     return seconds
 
 
+def seconds_of(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def spread(values: list[float], digits: int = 0) -> str:
     low, high = min(values), max(values)
     return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
@@ -115,9 +121,8 @@ def solver() -> str:
         x = torch.randn(1024, k) @ (torch.randn(k, k) * k**-0.5) + 0.3 * torch.randn(k)
         moments = x.t() @ x / len(x)
         w = torch.randn(n, k)
-        start = time.perf_counter()
-        torch_onebit.quantize_weight(w, "calibrated", group_size, moments=moments)
-        seconds = time.perf_counter() - start
+        quantize = partial(torch_onebit.quantize_weight, w, "calibrated", group_size)
+        seconds = seconds_of(partial(quantize, moments=moments))
         # 3 rounds of: a refit (n k^2, halved by symmetry, and its solves), an error (n k^2); a last
         # refit. Flips of bits come on top.
         flops = 2 * n * k * k * 5 + 4 * 2 / 3 * n * (2 * k / group_size) ** 3
@@ -141,9 +146,9 @@ def passes() -> str:
     for layers in (4, 16):
         torch.manual_seed(0)
         model = ByteLM(Config(128, layers, 4, 64))
-        one_at_a_time = calibrate(copy.deepcopy(model)).seconds
+        one_at_a_time = seconds_of(lambda m=model: calibrate(copy.deepcopy(m)))
         with mock.patch("torch_onebit.calibration.survey.is_chain", return_value=False):
-            from_start = calibrate(copy.deepcopy(model)).seconds
+            from_start = seconds_of(lambda m=model: calibrate(copy.deepcopy(m)))
         rows.append([f"{layers} blocks of width 128", f"{one_at_a_time:.1f}", f"{from_start:.1f}"])
     return pages.table(["calibrate_, 1 round", "seconds", "always from the start"], rows)
 

@@ -40,11 +40,17 @@ class Subject:
     name: str
     model: nn.Module
     group_size: int
-    skip: list[str]  # layers that stay float
+    embeddings: list[str]  # patterns of names
+    heads: list[str]
     batches: list[Batch]  # to calibrate on
     figure: str  # what quality is, in words
     quality: Callable[[nn.Module], float]
     generate: Callable[[nn.Module], float] | None = None  # tokens per second
+
+    @property
+    def skip(self) -> list[str]:
+        """What leaves the layers of the blocks alone 1-bit."""
+        return [*self.embeddings, *self.heads]
 
 
 def load(name: str, folder: Path = FOLDER) -> Subject:
@@ -67,7 +73,8 @@ def _smollm2(name: str, folder: Path) -> Subject:
         name=name,
         model=model,
         group_size=smollm2.GROUP_SIZE,
-        skip=smollm2.KEPT,
+        embeddings=["embed_tokens"],
+        heads=["lm_head"],  # tied to it
         batches=[{"input_ids": rows} for rows in train[chosen].split(2)],
         figure="loss, nats per token",
         quality=lambda m: smollm2.loss_of(m, held_out[:8]),
@@ -98,7 +105,8 @@ def _minilm(name: str, folder: Path) -> Subject:
         name=name,
         model=model,
         group_size=128,
-        skip=["embeddings"],
+        embeddings=["embeddings"],
+        heads=["pooler"],  # which the figure does not use
         batches=batches,
         figure="mean cosine of a sentence's embedding with the float one",
         quality=lambda m: float((embed(m) * wanted).sum(-1).mean()),
@@ -138,7 +146,8 @@ def _rxnmapper(name: str, folder: Path) -> Subject:
         name=name,
         model=model,
         group_size=128,
-        skip=["embeddings", "predictions"],
+        embeddings=["embeddings"],
+        heads=["predictions"],
         batches=batches,
         figure="masked loss, nats per token",
         quality=loss,
@@ -182,7 +191,8 @@ def _antiberty(name: str, folder: Path) -> Subject:
         name=name,
         model=model,
         group_size=128,
-        skip=["embeddings", "cls"],
+        embeddings=["embeddings"],
+        heads=["cls"],
         batches=[inputs for inputs, _ in masking.batches(train[:64], 8, seed=0)],
         figure="masked loss, nats per residue",
         quality=lambda m: antibody.evaluate(m, test)[0],

@@ -60,7 +60,7 @@ def build(kind: str = "qwen3_moe", **sizes) -> nn.Module:
 
 
 def onebit(**options) -> nn.Module:
-    return quantize_(build(), group_size=32, **options)
+    return quantize_(build(), group_size=32, **{"skip": [], **options})
 
 
 def assert_same(one: nn.Module, two: nn.Module) -> None:
@@ -111,7 +111,7 @@ def test_report_and_counts():
     assert row.bytes_after == weights / 8 + 2 * 4 * weights / 32
     left = {row.name: row.reason for row in report(model).left}
     assert left["model.layers.1.mlp.experts.down_proj"] == "skip has 'layers.1.mlp.experts'"
-    counts = count_parameters(quantize_(copy.deepcopy(dense), group_size=32))
+    counts = count_parameters(quantize_(copy.deepcopy(dense), group_size=32, skip=[]))
     assert counts.weights == sum(p.numel() for p in dense.parameters())
 
 
@@ -247,7 +247,7 @@ def test_quantized_on_load_saved_and_loaded_bit_for_bit(tmp_path):
     load = AutoModelForCausalLM.from_pretrained
     model, info = load(tmp_path / "dense", quantization_config=config, **options)
     assert not any(info.values()), info
-    assert_same(model, quantize_(copy.deepcopy(dense), group_size=32))
+    assert_same(model, quantize_(copy.deepcopy(dense), group_size=32, skip=[]))
     model.save_pretrained(tmp_path / "onebit")
     again, info = load(tmp_path / "onebit", **options)
     assert not any(info.values()), info

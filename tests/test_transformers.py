@@ -85,7 +85,7 @@ def test_quantized_on_load_saved_and_loaded_bit_for_bit(tied, symmetric, tmp_pat
     options = {"group_size": 32, "symmetric": symmetric}
     config = OneBitConfig(modules_to_not_convert=[], **options)
     model = load(tmp_path / "dense", quantization_config=config)
-    assert_same(model, quantize_(copy.deepcopy(dense), **options))
+    assert_same(model, quantize_(copy.deepcopy(dense), skip=[], **options))
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     model.save_pretrained(tmp_path / "onebit")
     again = load(tmp_path / "onebit")
@@ -347,7 +347,7 @@ def test_architectures(kind, auto, sizes, inputs, skip, layers, left, tmp_path):
 @pytest.mark.skipif(not torch.ops.onebit.can_prepack(), reason="no kernels of prepacked weights")
 @pytest.mark.parametrize("tied", [False, True])
 def test_prepacked_models_generate_and_save_as_the_others(tied, tmp_path):
-    model = quantize_(build(tied=tied), group_size=32)
+    model = quantize_(build(tied=tied), group_size=32, skip=[])
     logits, words = model(IDS).logits, model.generate(IDS, max_new_tokens=3, do_sample=False)
     prepack_(model)
     torch.testing.assert_close(model(IDS).logits, logits)

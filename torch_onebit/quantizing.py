@@ -19,7 +19,7 @@ def quantize_(
     symmetric: bool = False,
     method: str = "optimal",
     filter_fn: FilterFn | None = None,
-    skip: Iterable[str] = (),
+    skip: Iterable[str] | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Quantize a model to 1 bit in place: every nn.Linear and nn.Embedding that is not left out.
@@ -41,7 +41,8 @@ def quantize_(
             swapped without it.
         skip: patterns of names to leave. A pattern matches one or several whole parts of a dotted
             name, ``*`` anything: "lm_head" matches "model.lm_head", and "classifier" everything
-            below it. Heads and embeddings cost most: see docs/layers.md.
+            below it. None leaves the heads of transformers' models and what is tied to them, unless
+            there is a filter_fn; ``[]`` leaves nothing. See docs/layers.md for what each costs.
         progress: show a progress bar when it takes more than a moment.
     Returns:
         model.

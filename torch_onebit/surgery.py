@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from torch_onebit.checks import check_callable, check_group_size, check_model, check_skip
 from torch_onebit.float_layers import shape_of
+from torch_onebit.heads import heads
 from torch_onebit.nn.fast_path import carry_hooks
 from torch_onebit.readers import readers
 from torch_onebit.reports import LayerRow, Report, record, weight_bytes
@@ -71,7 +72,8 @@ class Surgery:
             dict of options for this layer.
         skip: patterns of names to leave, before filter_fn is asked. A pattern matches one or
             several whole parts of a dotted name, ``*`` anything: "lm_head" matches "model.lm_head",
-            and "classifier" everything below it.
+            and "classifier" everything below it. None: the heads of transformers' models, unless
+            there is a filter_fn, which decides alone.
         hint: what to use for a model that is itself a layer.
     Raises:
         TypeError: a model, filter or pattern of the wrong kind.
@@ -87,7 +89,7 @@ class Surgery:
         check: Callable[[nn.Module, dict[str, Any]], str | None] | None = None,
         defaults: dict[str, Any] | None = None,
         filter_fn: FilterFn | None = None,
-        skip: Iterable[str] = (),
+        skip: Iterable[str] | None = (),
         hint: str = "",
     ) -> None:
         _check_choice(model, filter_fn, skip)
@@ -97,22 +99,19 @@ class Surgery:
             )
         self.step, self.model, self.wanted = step, model, wanted
         self.reasons: dict[int, str] = {}  # why layers stay, by their identity
-        self.unused = set(skip)
+        self.unused = set(skip or ())
         self._left: dict[tuple[int, ...], str] = {}  # names of layers that stay, by their weight
         self._stayed: dict[int, tuple[str, nn.Module]] = {}
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
         jobs: dict[int, Job] = {}
-        adapters, read_by = _adapters(model), readers(model)
+        stay = _staying(model, and_heads=skip is None and filter_fn is None)
         holders: dict[tuple[int, ...], set[int]] = {}  # layers by their weight
         for name, parent, attribute, layer in _places(model, wanted):
             holders.setdefault(_weight_id(layer), set()).add(id(layer))
-            options = self._options(layer, name, filter_fn, skip, defaults or {})
+            options = self._options(layer, name, filter_fn, skip or (), defaults or {})
             if options is not None:
                 reason = check(layer, options) if check else None
-                if name in adapters:
-                    reason = "an adapter of peft, trained in float"
-                if id(layer) in read_by and not getattr(layer, "is_onebit", False):
-                    reason = f"{read_by[id(layer)]} reads its weight"
+                reason = stay.get(id(layer), reason)
                 if reason:
                     self.reasons[id(layer)] = reason
                     options = None
@@ -264,11 +263,11 @@ def chosen_layers(
     return layers
 
 
-def _check_choice(model: nn.Module, filter_fn: FilterFn | None, skip: Iterable[str]) -> None:
+def _check_choice(model: nn.Module, filter_fn: FilterFn | None, skip: Iterable[str] | None) -> None:
     check_model(model)
     if filter_fn is not None:
         check_callable("filter_fn", filter_fn)
-    check_skip(skip)
+    check_skip(skip or ())
 
 
 def _skipped(name: str, skip: Iterable[str]) -> str | None:
@@ -291,15 +290,17 @@ def _places(
             yield name, model.get_submodule(prefix), attribute, module
 
 
-def _adapters(model: nn.Module) -> set[str]:
-    """Names of the layers that belong to adapters of peft, the layers they adapt left out."""
-    found = set()
-    for name, module in model.named_modules():
+def _staying(model: nn.Module, and_heads: bool) -> dict[int, str]:
+    """Why float layers stay, whatever the step, by their identity."""
+    found = heads(model) if and_heads else {}
+    found |= {layer: f"{kind} reads its weight" for layer, kind in readers(model).items()}
+    for module in model.modules():
         if type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
-            for inner, _ in module.named_modules():
-                if inner and inner.split(".")[0] != "base_layer":
-                    found.add(f"{name}.{inner}")
-    return found
+            for name, inner in module.named_modules():
+                if name and name.split(".")[0] != "base_layer":
+                    found[id(inner)] = "an adapter of peft, trained in float"
+    done = {id(module) for module in model.modules() if getattr(module, "is_onebit", False)}
+    return {layer: reason for layer, reason in found.items() if layer not in done}
 
 
 def _weight_id(layer: nn.Module) -> tuple[int, ...]:

@@ -62,7 +62,7 @@ class Job:
 def find_jobs(
     model: nn.Module,
     filter_fn: FilterFn | None,
-    skip: Iterable[str],
+    skip: Iterable[str] | None,
     defaults: dict[str, Any],
 ) -> tuple[Surgery, list[Job]]:
     """Every linear layer and embedding that is not left out, and the operation that swaps them.

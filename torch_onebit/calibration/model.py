@@ -30,7 +30,7 @@ def calibrate_(
     group_size: int = 128,
     symmetric: bool = False,
     filter_fn: FilterFn | None = None,
-    skip: Iterable[str] = (),
+    skip: Iterable[str] | None = None,
     lora_rank: int = 0,
     options: CalibrationOptions | None = None,
     checkpoint: str | Path | None = None,

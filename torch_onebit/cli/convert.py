@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="LAYER",
         help="leave these layers float (names, ends of names, patterns); "
-        "without it the head, and an embedding tied to it",
+        "without it the heads and what is tied to them",
     )
 
 

@@ -41,7 +41,7 @@ def prepare_qat_(
     symmetric: bool | None = None,
     method: str | None = None,
     filter_fn: FilterFn | None = None,
-    skip: Iterable[str] = (),
+    skip: Iterable[str] | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Make a model train with 1-bit weights, in place: linear and embedding layers become QAT ones.

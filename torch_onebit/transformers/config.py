@@ -16,8 +16,7 @@ class OneBitConfig(QuantizationConfigMixin):
         group_size: weights that share a scale: 32, 64 or 128.
         method, symmetric: as in ``quantize_``.
         modules_to_not_convert: layers to leave, by name, beginning, end or pattern; None leaves the
-            head, and the embedding where they are tied, as transformers' other quantizers do; an
-            empty list leaves none.
+            heads and what is tied to them, as ``quantize_`` does; an empty list leaves none.
         other_bits: layers of other than 1 bit in an MLX folder: "error" names them, "dequantize"
             makes them dense; give it to ``from_pretrained``.
         bits, mode: 1 and "affine", as MLX has them.

@@ -25,6 +25,7 @@ from torch_onebit.float_layers import (
     matrix,
     projection_shapes,
 )
+from torch_onebit.heads import heads
 from torch_onebit.methods import quantize_weight
 from torch_onebit.nn import OneBitEmbedding, OneBitExperts, OneBitLinear, OneBitModule, tie
 from torch_onebit.quantizing import dequantize_
@@ -81,14 +82,11 @@ class OneBitQuantizer(HfQuantizer):
 
     def _chosen(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Layers to quantize on load."""
-        left = self.get_modules_to_not_convert(
-            model,
-            self.quantization_config.modules_to_not_convert,
-            model._keep_in_fp32_modules,
-        )
-        read_by = readers(model)
+        chosen = self.quantization_config.modules_to_not_convert
+        left = [*(chosen or ()), *(model._keep_in_fp32_modules or ())]
+        stays = readers(model) | (heads(model) if chosen is None else {})
         for path, layer in list(model.named_modules()):
-            if id(layer) not in read_by and _fits(layer, self.quantization_config.group_size):
+            if id(layer) not in stays and _fits(layer, self.quantization_config.group_size):
                 if should_convert_module(path, left):
                     yield path, layer
 
