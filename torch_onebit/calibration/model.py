@@ -44,10 +44,11 @@ def calibrate_(
     quantized by method "optimal" first. Deterministic. All or nothing: after an error or an
     interrupt the model is as it was.
 
-    A few dozen batches are enough. Time per layer: the sums over its inputs, the solver's cost
-    (``quantize_calibrated``) and its share of the passes: where blocks run as a chain, as in most
-    transformers, both models run one block at a time; the report names the chains. A cache of keys
-    and values passed on from block to block breaks them: switch it off (``use_cache=False``).
+    Give it ten inputs or more for each column of a layer. Time per layer: the sums over them, the
+    solver's cost (``quantize_calibrated``) and its share of the passes: where blocks run as a
+    chain, as in most transformers, both models run one block at a time; the report names the
+    chains. A cache of keys and values passed on from block to block breaks them: switch it off
+    (``use_cache=False``).
     Memory: copies of the model without the weights of its layers, the moments of one layer, 12 k
     (n + k) bytes, up to 2 GiB of layer outputs, and for all batches the inputs of one block of both
     models.
