@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.optim import swa_utils
 
-from torch_onebit.nn.prepacked import unprepack_all
+from torch_onebit.nn.forms import unprepack_all
 
 
 class AveragedModel(swa_utils.AveragedModel):

@@ -28,7 +28,7 @@ from torch_onebit.nn import (
     OneBitStack,
     tie,
 )
-from torch_onebit.nn.prepacked import unprepack_all
+from torch_onebit.nn.forms import unprepack_all
 from torch_onebit.saving import stored_path
 from torch_onebit.skeleton import skeleton
 from torch_onebit.symmetric import symmetrize_

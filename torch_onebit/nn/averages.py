@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim import swa_utils
 
+from torch_onebit.nn.forms import unprepack_all
+
 
 class CheckedUpdate:
     """``update_parameters`` of one AveragedModel of PyTorch that holds packed layers."""
@@ -27,8 +29,6 @@ class CheckedUpdate:
                 "use_buffers must be False for packed layers, whose words would be averaged as "
                 "numbers, got True: use torch_onebit.AveragedModel"
             )
-        from torch_onebit.nn.prepacked import unprepack_all
-
         unprepack_all(self.owner, model)  # parameters are gone through side by side
         type(self.owner).update_parameters(self.owner, model)
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch_onebit import ops
 from torch_onebit.checks import check_kind, check_level_dtype, check_packed
 from torch_onebit.methods import quantize_weight
-from torch_onebit.nn.weight import OneBitModule, stored_columns
+from torch_onebit.nn.sizes import stored_columns
+from torch_onebit.nn.weight import OneBitModule
 from torch_onebit.ops import linear_op
 from torch_onebit.padding import pad_rows
 

@@ -1,6 +1,7 @@
 """OneBitLinear: nn.Linear over packed weights."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,8 @@ from torch_onebit import ops
 from torch_onebit.checks import check_kind, check_packed
 from torch_onebit.float_layers import is_conv1d, matrix
 from torch_onebit.methods import quantize_weight
-from torch_onebit.nn.weight import OneBitModule, stored_columns, uniform_std
+from torch_onebit.nn.sizes import stored_columns, uniform_std
+from torch_onebit.nn.weight import OneBitModule
 from torch_onebit.ops import linear_op
 from torch_onebit.padding import pad_rows
 
@@ -32,6 +34,7 @@ class OneBitLinear(OneBitModule):
     """
 
     rows_name, columns_name = "out_features", "in_features"
+    prepacked_form: ClassVar[type["OneBitLinear"]]  # set where it is defined, prepacked.py
 
     def __init__(
         self,
@@ -91,13 +94,11 @@ class OneBitLinear(OneBitModule):
             ValueError: levels that are float64 or require grad, or weights tied to another layer's.
             TypeError: a subclass, or a layer with parametrizations or another forward.
         """
-        from torch_onebit.nn.prepacked import PrepackedLinear
-
         self.check_prepackable()
         with torch.inference_mode(False), torch.no_grad():
             prepacked = ops.prepack(self.weight, self.scales, self.biases, self.group_size)
         levels = self.scales.dtype, self.biases is None
-        self.__class__ = PrepackedLinear
+        self.__class__ = self.prepacked_form
         self._take_over(prepacked, *levels)
         return prepacked.numel()
 

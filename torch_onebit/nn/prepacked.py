@@ -148,9 +148,4 @@ def _itself(layer: OneBitLinear) -> OneBitLinear:
     return layer
 
 
-def unprepack_all(*models: nn.Module) -> None:
-    """Have every ``PrepackedLinear`` hold weight, scales and biases again, in place."""
-    for model in models:
-        for module in model.modules():
-            if isinstance(module, PrepackedLinear):
-                module.unprepack()
+OneBitLinear.prepacked_form = PrepackedLinear

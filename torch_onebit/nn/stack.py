@@ -6,7 +6,8 @@ from torch import Tensor
 from torch_onebit import ops
 from torch_onebit.checks import check_count, check_packed
 from torch_onebit.methods import quantize_weight
-from torch_onebit.nn.weight import OneBitModule, stored_columns, uniform_std
+from torch_onebit.nn.sizes import stored_columns, uniform_std
+from torch_onebit.nn.weight import OneBitModule
 from torch_onebit.padding import pad_rows
 
 

@@ -1,12 +1,10 @@
 """Packed weights that several modules share, as a head shares those of its embedding."""
 
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from torch_onebit.nn.weight import OneBitModule
+from torch import Tensor, nn
 
 TENSORS = ("weight", "scales", "biases")
 
@@ -29,12 +27,24 @@ class Tie:
         self._moves[name] = (weakref.ref(before), after)
         return after
 
+    @contextmanager
+    def following(self, module: nn.Module) -> Iterator[None]:
+        """While module moves, in place."""
+        before = {name: getattr(module, name) for name in TENSORS}
+        yield
+        for name, old in before.items():
+            new = getattr(module, name)
+            if new is not old:
+                setattr(module, name, self.follow(name, old, new))
+
     def __reduce__(self) -> tuple[type["Tie"], tuple[()]]:
         return (Tie, ())
 
 
-def tie(first: "OneBitModule", second: "OneBitModule") -> None:
+def tie(first: nn.Module, second: nn.Module) -> None:
     """Make second use the weights of first, in place; they stay shared when the model is moved.
+
+    Both are ``OneBitModule``.
 
     Raises:
         ValueError: weights of different shape, group size or form.

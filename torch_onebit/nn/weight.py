@@ -1,6 +1,5 @@
 """What OneBitLinear and OneBitEmbedding have in common: a packed matrix and its levels."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,16 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from torch_onebit import ops
-from torch_onebit.checks import (
-    LEVEL_DTYPES,
-    NotScriptable,
-    check_count,
-    check_group_size,
-    check_level_dtype,
-)
+from torch_onebit.checks import NotScriptable, check_count, check_group_size, check_level_dtype
 from torch_onebit.nn.averages import watch_averages
 from torch_onebit.nn.fast_path import decline_fast_path
-from torch_onebit.nn.ties import TENSORS, Tie
+from torch_onebit.nn.states import legal_entries
+from torch_onebit.nn.ties import Tie
 from torch_onebit.packing import WORD_BITS
 from torch_onebit.padding import missing
 
@@ -122,53 +116,11 @@ class OneBitModule(NotScriptable, nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OneBitModule":
         if self._tie is None:
             return super()._apply(fn, recurse)
-        before = {name: getattr(self, name) for name in TENSORS}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
-            if new is not old:
-                setattr(self, name, self._tie.follow(name, old, new))
+        with self._tie.following(self):
+            super()._apply(fn, recurse)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # MLX stores the words as uint32: the same bits, viewed. The caller's dict stays as it was.
-        key = prefix + "weight"
-        stored = state_dict.get(key)
-        if isinstance(stored, Tensor) and stored.dtype == torch.uint32:
-            state_dict = {**state_dict, key: stored.view(torch.int32)}
-        elif isinstance(stored, Tensor) and stored.dtype != torch.int32:
-            # Copying would convert: float32 keeps 24 of the 32 bits.
-            error_msgs: list[str] = args[-1]
-            error_msgs.append(f"{key} must be int32 or uint32, got {stored.dtype}")
-            return
-        for key in (prefix + "scales", prefix + "biases"):  # copying would convert these too
-            stored = state_dict.get(key)
-            if isinstance(stored, Tensor) and stored.dtype not in LEVEL_DTYPES:
-                args[-1].append(
-                    f"{key} must be float32, float16, bfloat16 or float64, got {stored.dtype}"
-                )
-                return
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def uniform_std(columns: int) -> float:
-    """Standard deviation of nn.Linear's initial weights, uniform in ±1/sqrt(columns)."""
-    return 1 / math.sqrt(3 * columns) if columns else 0.0
-
-
-def stored_columns(weight: Tensor, group_size: int, name: str, columns: int | None) -> int:
-    """The columns of packed words ``[rows, words]``: all, or those given, of a last group not full.
-
-    Raises:
-        ValueError: columns that need more or fewer groups.
-    """
-    stored = weight.shape[1] * WORD_BITS
-    if columns is None:
-        return stored
-    check_count(name, columns)
-    if not 0 <= stored - columns < group_size:
-        raise ValueError(
-            f"{name} must fill whole groups but the last of the {stored} columns stored, "
-            f"got {columns}"
-        )
-    return columns
+        entries = legal_entries(state_dict, prefix, args[-1])
+        if entries is not None:
+            super()._load_from_state_dict(entries, prefix, *args)
