@@ -20,6 +20,11 @@ ONEBIT_INLINE float tolerance_of(DType x) {
   return x == DType::kBFloat16 ? 0x1p-9f : x == DType::kHalf ? 0x1p-12f : 0x1p-25f;
 }
 
+template <class T, int kCount>
+struct ArrayOf {
+  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
+};
+
 template <class Integer, int kCount>
 struct Planes {
   static constexpr int kMost = 2;
@@ -29,10 +34,19 @@ struct Planes {
   alignas(64) Integer q[kMost][kCount];
   float step[kMost];
   int32_t sum[kMost];  // of q
+  bool one_sided;
 };
 
 // Groups beyond are multiplied value by value: nothing in between over- or underflows.
 constexpr float kLeastSum = 0x1p-90f, kMostSum = 0x1p90f;
+
+// Whether values are mostly of one sign: their sum, to the sum of their sizes, is as those of
+// normally distributed values are once in 2000 groups.
+template <int kCount>
+ONEBIT_INLINE bool is_one_sided(float sum, float sizes) {
+  constexpr float kMostOrdinary = kCount == 128 ? 0.39f : kCount == 64 ? 0.55f : 0.77f;
+  return __builtin_fabsf(sum) > kMostOrdinary * sizes;
+}
 
 enum class Fit { kNone, kCoarse, kGood };
 
@@ -101,6 +115,7 @@ ONEBIT_INLINE Fit make_plane(const float* x,
   }
   planes.step[plane] = step;
   planes.sum[plane] = L::sum_ints(sum);
+  if (plane == 0) planes.one_sided = is_one_sided<kCount>(step * planes.sum[0], size_of_all);
   // Mostly seen without a look at the rests.
   if (4 * good >= kCount + 8 &&
       (kWide || kCount * largest_rest <= 0.5f * tolerance * size_of_all)) {
@@ -113,6 +128,7 @@ ONEBIT_INLINE Fit make_plane(const float* x,
 template <class L, class Integer, int kCount>
 ONEBIT_INLINE void to_planes(const float* x, DType dtype, Planes<Integer, kCount>& planes) {
   const float tolerance = tolerance_of(dtype);
+  planes.one_sided = false;
   const Fit first = make_plane<L>(x, x, tolerance, planes, 0);
   planes.count = first == Fit::kGood;
   if (__builtin_expect(first == Fit::kCoarse, 0)) {
@@ -174,6 +190,33 @@ class Levels {
     const Vec product = L::mul(both, L::to_floats(v));
     return L::fma(L::set(kWide ? 2 * unit : unit),
                   L::fnma(smaller, L::to_floats(difference), product), to);
+  }
+
+  // to[L::kLanes] += the same in double. Where values of a group are of one sign, products of groups
+  // are large and may cancel; what rounding them in float costs is then too much.
+  ONEBIT_INLINE void add_in_double(double* to, Ints sums, float unit, int32_t group) const {
+    constexpr int kCount = L::kLanes / 2;
+    using Ints32 = typename ArrayOf<int32_t, kCount>::type;
+    using Floats = typename ArrayOf<float, kCount>::type;
+    using Doubles = typename ArrayOf<double, kCount>::type;
+    alignas(64) int32_t difference[L::kLanes];
+    alignas(64) float scale[L::kLanes], bias[L::kLanes];
+    L::store_ints(difference, sums);
+    L::store(scale, scale_);
+    L::store(bias, bias_);
+    for (int i = 0; i < L::kLanes; i += kCount) {
+      const auto load = [i](auto vector, const auto* from) __attribute__((always_inline)) {
+        std::memcpy(&vector, from + i, sizeof vector);
+        return __builtin_convertvector(vector, Doubles);
+      };
+      const Doubles twice_set = load(Ints32{}, difference) + double(group);
+      Doubles set = load(Floats{}, scale) * twice_set, all = load(Floats{}, bias) * (2.0 * group);
+      asm("" : "+m"(set), "+m"(all));  // no fma: what cancels shall give 0
+      Doubles sum;
+      std::memcpy(&sum, to + i, sizeof sum);
+      sum += double(unit) * (set + all);
+      std::memcpy(to + i, &sum, sizeof sum);
+    }
   }
 
  private:

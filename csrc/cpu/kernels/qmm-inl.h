@@ -144,6 +144,7 @@ template <int kM>
 struct Group {
   int planes;          // tables to look up from; where a row needs fewer, its others are zeros
   uint32_t plain;      // bit i: row i is in no table, but multiplied value by value
+  uint32_t in_double;  // bit i: products of row i are added up in double
   float unit[2][kM];   // of the sums that are looked up
   float all[2][kM];    // the sum of the group in units
   int32_t sum[2][kM];  // the same in steps
@@ -156,6 +157,35 @@ struct Group {
     sum[plane][row] = planes.sum[plane];
   }
 };
+
+// What the outputs of a block have been added up to, from some row of x on. Rows that have no use
+// for doubles leave them untouched.
+struct Sums {
+  float* floats;    // [rows][ld]
+  double* doubles;  // the same, where has_doubles
+  bool* has_doubles;
+  int64_t ld;
+
+  ONEBIT_INLINE Sums from(int64_t row, int64_t column = 0) const {
+    return {floats + row * ld + column, doubles + row * ld + column, has_doubles + row, ld};
+  }
+};
+
+ONEBIT_INLINE int64_t sums_size(int64_t rows, int64_t ld) { return rows * (ld * 12 + 1); }
+
+ONEBIT_INLINE Sums take_sums(Arena& arena, int64_t rows, int64_t ld) {
+  auto* floats = arena.take<float>(rows * ld);
+  auto* doubles = arena.take<double>(rows * ld);
+  return {floats, doubles, arena.take<bool>(rows), ld};
+}
+
+template <class L>
+ONEBIT_INLINE void clear_sums(const Sums& y, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i) {
+    y.has_doubles[i] = false;
+    for (int64_t j = 0; j < columns; j += L::kLanes) L::store(y.floats + i * y.ld + j, L::zero());
+  }
+}
 
 // Tables of one group for kM rows of x from row m on; `second` is written only where it is needed.
 template <class L, int kM, int kWords>
@@ -171,9 +201,13 @@ ONEBIT_INLINE void build_tables(const Activations& x,
   Planes<typename L::Integer, kCount> planes;
   group.planes = 1;
   group.plain = 0;
+  group.in_double = 0;
   for (int i = 0; i < kM; ++i) {
     const float* v = as_floats<L>(x.data, x.dtype, x.offset(m + i, column), kCount, buffer);
     to_planes<L>(v, x.dtype, planes);
+    if (sizeof(planes.q[0][0]) == 4 && x.dtype == DType::kFloat && planes.one_sided) {
+      group.in_double |= 1u << i;
+    }
     if (planes.count == 0) {
       group.plain |= 1u << i;
       planes.step[0] = 0;
@@ -237,26 +271,30 @@ __attribute__((noinline)) void add_plain(
   }
 }
 
-// y[kM, tile t] += one plane of a group, whatever its levels.
+// y[kM, tile t] += one plane of a group, whatever its levels and its values.
 template <class L, int kM, int kWords, class Panel>
 __attribute__((noinline)) void add_any_tile(const Group<kM>& group,
                                             int plane,
                                             const float* table,
                                             const Panel& w,
                                             int64_t t,
-                                            float* y,
-                                            int64_t ld) {
+                                            const Sums& y) {
   L::template tile<kM, kWords, Panel::kSpareStored>(
       w.index(t), table, group.sum[plane],
       [&](int r, const typename L::Ints(&sums)[kM]) __attribute__((always_inline)) {
         const Levels<L> levels(w.scale(t, r), w.bias(t, r));
         const bool usual = levels.are_usual();
-        float* out = y + r * L::kLanes;
-        for (int i = 0; i < kM; ++i, out += ld) {
-          const auto to = L::load(out);
+        for (int i = 0; i < kM; ++i) {
           const float unit = group.unit[plane][i];
-          L::store(out, usual ? levels.add_usual(to, sums[i], unit, group.all[plane][i])
-                              : levels.add_any(to, sums[i], unit, group.sum[plane][i]));
+          const int64_t at = i * y.ld + r * L::kLanes;
+          if (group.in_double >> i & 1u) {
+            levels.add_in_double(y.doubles + at, sums[i], unit, group.sum[plane][i]);
+            continue;
+          }
+          const auto to = L::load(y.floats + at);
+          L::store(y.floats + at,
+                   usual ? levels.add_usual(to, sums[i], unit, group.all[plane][i])
+                         : levels.add_any(to, sums[i], unit, group.sum[plane][i]));
         }
       });
 }
@@ -310,21 +348,29 @@ ONEBIT_INLINE void add_group(const Activations& x,
                              const float* table,
                              const float* second,
                              const Panel& w,
-                             float* y,
-                             int64_t tiles,
-                             int64_t ld) {
+                             const Sums& y,
+                             int64_t tiles) {
+  for (int i = 0; __builtin_expect(group.in_double >> i, 0); ++i) {
+    if ((group.in_double >> i & 1u) && !y.has_doubles[i]) {
+      std::memset(y.doubles + i * y.ld, 0, tiles * L::kRows * sizeof(double));
+      y.has_doubles[i] = true;
+    }
+  }
   for (int plane = 0; plane < group.planes; ++plane) {
     const float* from = plane ? second : table;
     for (int64_t t = 0; t < tiles; ++t) {
       w.prefetch(t);
-      float* out = y + t * L::kRows;
-      if (!add_usual_tile<L, kM, kWords>(group, plane, from, w, t, out, ld)) {
-        add_any_tile<L, kM, kWords>(group, plane, from, w, t, out, ld);
+      const Sums out = y.from(0, t * L::kRows);
+      if (__builtin_expect(group.in_double != 0, 0) ||
+          !add_usual_tile<L, kM, kWords>(group, plane, from, w, t, out.floats, out.ld)) {
+        add_any_tile<L, kM, kWords>(group, plane, from, w, t, out);
       }
     }
   }
   for (int i = 0; __builtin_expect(group.plain >> i, 0); ++i) {
-    if (group.plain >> i & 1u) add_plain<L, kWords>(x, m + i, column, w, y + i * ld, tiles);
+    if (group.plain >> i & 1u) {
+      add_plain<L, kWords>(x, m + i, column, w, y.floats + i * y.ld, tiles);
+    }
   }
 }
 
@@ -334,12 +380,15 @@ void store_rows(const QmmArgs& a,
                 int64_t m_count,
                 int64_t n,
                 int64_t n_count,
-                const float* acc,
-                int64_t ld) {
+                const Sums& y) {
   for (int64_t i = 0; i < m_count; ++i) {
     const int64_t offset = row_of(a.y_rows, m + i) * a.n + n;
+    float* sums = y.floats + i * y.ld;
+    if (__builtin_expect(y.has_doubles[i], 0)) {
+      for (int64_t j = 0; j < n_count; ++j) sums[j] = float(sums[j] + y.doubles[i * y.ld + j]);
+    }
     for (int64_t j = 0; j < n_count; j += L::kLanes) {
-      L::store_as(a.y, a.dtype, offset + j, n_count - j, L::load(acc + i * ld + j));
+      L::store_as(a.y, a.dtype, offset + j, n_count - j, L::load(sums + j));
     }
   }
 }
@@ -371,14 +420,14 @@ void qmm_t_stream(const QmmArgs& a, const Block& block) {
   constexpr int kIndex = L::index_size(kWords), kTable = L::table_size(kWords);
   const int64_t groups = a.k / kGroup, words = a.k / kWordBits;
   Arena arena(groups * (2 * kTable * 4 + int64_t(sizeof(Group<1>))) + kStep * kIndex * 4 +
-              kGroups * 2 * L::kRows * 4 + L::kRows * 4);
+              kGroups * 2 * L::kRows * 4 + sums_size(1, L::kRows));
   auto* tables = arena.take<float>(groups * kTable);
   auto* seconds = arena.take<float>(groups * kTable);
   auto* group = arena.take<Group<1>>(groups);
   auto* index = arena.take<uint32_t>(kStep * kIndex);
   auto* scales = arena.take<float>(kGroups * L::kRows);
   auto* biases = arena.take<float>(kGroups * L::kRows);
-  auto* acc = arena.take<float>(L::kRows);
+  const Sums sums = take_sums(arena, 1, L::kRows);
   for (int64_t g = 0; g < groups; ++g) {
     build_tables<L, 1, kWords>(activations(a), block.m_begin, g * kGroup, tables + g * kTable,
                                seconds + g * kTable, group[g]);
@@ -393,7 +442,7 @@ void qmm_t_stream(const QmmArgs& a, const Block& block) {
     Prefetch next_words(row(a.w.packed, after * row_bytes), next_rows * row_bytes);
     Prefetch next_scales(row(a.w.scales, after * level_bytes), next_rows * level_bytes);
     Prefetch next_biases(row(a.w.biases, after * level_bytes), next_rows * level_bytes);
-    for (int i = 0; i < L::kRows; i += L::kLanes) L::store(acc + i, L::zero());
+    clear_sums<L>(sums, 1, L::kRows);
     for (int64_t g = 0; g < groups; ++g) {
       if (g % kGroups == 0) {
         pack_levels<L>(a.w, n, rows, g, int(at_most(kGroups, groups - g)), scales, biases,
@@ -410,10 +459,10 @@ void qmm_t_stream(const QmmArgs& a, const Block& block) {
       add_group<L, 1, kWords>(
           activations(a), block.m_begin, g * kGroup, group[g], tables + g * kTable,
           seconds + g * kTable,
-          PackedGroup<L, kWords>{index + g % kStep * kIndex, scales + level, biases + level}, acc,
-          1, L::kRows);
+          PackedGroup<L, kWords>{index + g % kStep * kIndex, scales + level, biases + level}, sums,
+          1);
     }
-    store_rows<L>(a, block.m_begin, 1, n, rows, acc, L::kRows);
+    store_rows<L>(a, block.m_begin, 1, n, rows, sums);
   }
 }
 
@@ -427,9 +476,8 @@ void add_chunk(const QmmArgs& a,
                const float* scales,
                const float* biases,
                float* table,
-               float* acc,
+               const Sums& y,
                int64_t tiles) {
-  const int64_t ld = tiles * L::kRows;
   for (int g = 0; g < groups; ++g) {
     const int64_t column = k + g * kWords * kWordBits;
     float* second = table + L::kMaxM * L::table_size(kWords);
@@ -437,8 +485,8 @@ void add_chunk(const QmmArgs& a,
     build_tables<L, kM, kWords>(activations(a), m, column, table, second, group);
     add_group<L, kM, kWords>(activations(a), m, column, group, table, second,
                              PackedGroup<L, kWords>{index + g * tiles * L::index_size(kWords),
-                                                    scales + g * ld, biases + g * ld},
-                             acc, tiles, ld);
+                                                    scales + g * y.ld, biases + g * y.ld},
+                             y, tiles);
   }
 }
 
@@ -457,18 +505,19 @@ void qmm_t_panels(const QmmArgs& a, const Block& block) {
       at_most(kPanelRows, tiles_for(block.n_end - block.n_begin, L::kRows) * L::kRows);
   const int64_t m_block = at_most(kBlockM, block.m_end - block.m_begin);
   Arena arena(panel / L::kRows * kGroups * kIndex * 4 + 2 * kGroups * panel * 4 +
-              2 * L::kMaxM * L::table_size(kWords) * 4 + m_block * panel * 4);
+              2 * L::kMaxM * L::table_size(kWords) * 4 + sums_size(m_block, panel));
   auto* index = arena.take<uint32_t>(panel / L::kRows * kGroups * kIndex);
   auto* scales = arena.take<float>(kGroups * panel);
   auto* biases = arena.take<float>(kGroups * panel);
   auto* table = arena.take<float>(2 * L::kMaxM * L::table_size(kWords));
-  auto* acc = arena.take<float>(m_block * panel);
+  Sums sums = take_sums(arena, m_block, panel);
   for (int64_t m = block.m_begin; m < block.m_end; m += kBlockM) {
     const int64_t m_count = at_most(kBlockM, block.m_end - m);
     for (int64_t n = block.n_begin; n < block.n_end; n += kPanelRows) {
       const int64_t n_count = at_most(kPanelRows, block.n_end - n);
       const int64_t tiles = tiles_for(n_count, L::kRows), ld = tiles * L::kRows;
-      for (int64_t i = 0; i < m_count * ld; i += L::kLanes) L::store(acc + i, L::zero());
+      sums.ld = ld;
+      clear_sums<L>(sums, m_count, ld);
       for (int64_t k = 0; k < a.k; k += kChunkColumns) {
         const int64_t columns = at_most(kChunkColumns, a.k - k);
         const int groups = int(columns / kGroup);
@@ -489,11 +538,11 @@ void qmm_t_panels(const QmmArgs& a, const Block& block) {
         }
         const auto add = [&](auto rows, int64_t i) {
           add_chunk<L, decltype(rows)::value, kWords>(a, m + i, k, groups, index, scales, biases,
-                                                      table, acc + i * ld, tiles);
+                                                      table, sums.from(i), tiles);
         };
         for_row_tiles<L>(m_count, add);
       }
-      store_rows<L>(a, m, m_count, n, n_count, acc, ld);
+      store_rows<L>(a, m, m_count, n, n_count, sums);
     }
   }
 }

@@ -76,18 +76,19 @@ void qmm_n_panels(const QmmArgs& a, const Block& block) {
   const int64_t m_block = at_most(kBlockM, block.m_end - block.m_begin);
   const int64_t words = a.n / kWordBits;
   Arena arena(kUnits * panel / L::kRows * kIndex * 4 + 2 * (panel / kGroup) * kRowChunk * 4 +
-              L::kMaxM * L::table_size(kUnitWords) * 4 + m_block * panel * 4);
+              L::kMaxM * L::table_size(kUnitWords) * 4 + sums_size(m_block, panel));
   auto* index = arena.take<uint32_t>(kUnits * panel / L::kRows * kIndex);
   auto* scales = arena.take<float>(panel / kGroup * kRowChunk);
   auto* biases = arena.take<float>(panel / kGroup * kRowChunk);
   auto* table = arena.take<float>(L::kMaxM * L::table_size(kUnitWords));
-  auto* acc = arena.take<float>(m_block * panel);
+  Sums sums = take_sums(arena, m_block, panel);
   for (int64_t m = block.m_begin; m < block.m_end; m += kBlockM) {
     const int64_t m_count = at_most(kBlockM, block.m_end - m);
     for (int64_t n = block.n_begin; n < block.n_end; n += kColumnPanel) {
       const int64_t columns = at_most(kColumnPanel, block.n_end - n);
       const int64_t unit_size = columns / L::kRows * kIndex;
-      for (int64_t i = 0; i < m_count * columns; i += L::kLanes) L::store(acc + i, L::zero());
+      sums.ld = columns;
+      clear_sums<L>(sums, m_count, columns);
       for (int64_t k = 0; k < a.k; k += kRowChunk) {
         const int64_t rows = at_most(kRowChunk, a.k - k), units = tiles_for(rows, kUnit);
         for (int64_t u = 0; u < units; ++u) {
@@ -111,11 +112,11 @@ void qmm_n_panels(const QmmArgs& a, const Block& block) {
           for (int64_t u = 0; u < units; ++u) {
             add_unit<L, decltype(tile)::value, kGroup>(
                 a, m + i, k + u * kUnit, columns, index + u * unit_size, scales + u * kUnit,
-                biases + u * kUnit, table, acc + i * columns, columns);
+                biases + u * kUnit, table, sums.from(i).floats, columns);
           }
         });
       }
-      store_rows<L>(a, m, m_count, n, columns, acc, columns);
+      store_rows<L>(a, m, m_count, n, columns, sums);
     }
   }
 }

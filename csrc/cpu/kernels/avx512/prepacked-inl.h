@@ -50,15 +50,15 @@ void qmm_prepacked_panels(const QmmArgs& a, const char* prepacked, const Block& 
   const int64_t panel = at_most(few ? kPrepackedPanel : kPanelRows, block.n_end - block.n_begin);
   const int64_t chunk = few ? layout.groups : kChunkColumns / (kWords * kWordBits);
   const int64_t ld = tiles_for(panel, L::kRows) * L::kRows;
-  Arena arena((2 * L::kMaxM * L::table_size(kWords) + m_block * ld) * 4);
+  Arena arena(2 * L::kMaxM * L::table_size(kWords) * 4 + sums_size(m_block, ld));
   auto* table = arena.take<float>(L::kMaxM * L::table_size(kWords));
   auto* second = arena.take<float>(L::kMaxM * L::table_size(kWords));
-  auto* acc = arena.take<float>(m_block * ld);
+  const Sums sums = take_sums(arena, m_block, ld);
   for (int64_t m = block.m_begin; m < block.m_end; m += m_block) {
     const int64_t m_count = at_most(m_block, block.m_end - m);
     for (int64_t n = block.n_begin; n < block.n_end; n += panel) {
       const int64_t n_count = at_most(panel, block.n_end - n), tiles = tiles_for(n_count, L::kRows);
-      for (int64_t j = 0; j < m_count * ld; j += L::kLanes) L::store(acc + j, L::zero());
+      clear_sums<L>(sums, m_count, tiles * L::kRows);
       for (int64_t first = 0; first < layout.groups; first += chunk) {
         const int64_t last = at_most(first + chunk, layout.groups);
         for_row_tiles<L>(m_count, [&](auto rows, int64_t i) {
@@ -72,11 +72,11 @@ void qmm_prepacked_panels(const QmmArgs& a, const char* prepacked, const Block& 
                 PrepackedGroup<L>{prepacked + layout.offset(g, n / L::kRows), layout.word_bytes,
                                   layout.level_bytes, layout.block_bytes, a.w.dtype,
                                   a.w.biases != nullptr},
-                acc + i * ld, tiles, ld);
+                sums.from(i), tiles);
           }
         });
       }
-      store_rows<L>(a, m, m_count, n, n_count, acc, ld);
+      store_rows<L>(a, m, m_count, n, n_count, sums);
     }
   }
 }
