@@ -20,11 +20,6 @@ ONEBIT_INLINE float tolerance_of(DType x) {
   return x == DType::kBFloat16 ? 0x1p-9f : x == DType::kHalf ? 0x1p-12f : 0x1p-25f;
 }
 
-template <class T, int kCount>
-struct ArrayOf {
-  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
-};
-
 template <class Integer, int kCount>
 struct Planes {
   static constexpr int kMost = 2;
@@ -192,35 +187,53 @@ class Levels {
                   L::fnma(smaller, L::to_floats(difference), product), to);
   }
 
-  // to[L::kLanes] += the same in double. Where values of a group are of one sign, products of groups
-  // are large and may cancel; what rounding them in float costs is then too much.
-  ONEBIT_INLINE void add_in_double(double* to, Ints sums, float unit, int32_t group) const {
-    constexpr int kCount = L::kLanes / 2;
-    using Ints32 = typename ArrayOf<int32_t, kCount>::type;
-    using Floats = typename ArrayOf<float, kCount>::type;
-    using Doubles = typename ArrayOf<double, kCount>::type;
+ private:
+  Vec scale_, bias_;
+};
+
+// The same in double, for any levels. Where the values of a group are of one sign, products of
+// groups are large and may cancel; what rounding them in float costs is then too much.
+template <class L>
+class DoubleLevels {
+ public:
+  ONEBIT_INLINE DoubleLevels(typename L::Vec scale, typename L::Vec bias) {
+    alignas(64) float scales[L::kLanes], biases[L::kLanes];
+    L::store(scales, scale);
+    L::store(biases, bias);
+    for (int i = 0; i < 2; ++i) {
+      scale_[i] = convert<float>(scales + i * kCount);
+      bias_[i] = convert<float>(biases + i * kCount);
+    }
+  }
+
+  // to[L::kLanes] += the product of one group.
+  ONEBIT_INLINE void add(double* to, typename L::Ints sums, double unit, double group) const {
     alignas(64) int32_t difference[L::kLanes];
-    alignas(64) float scale[L::kLanes], bias[L::kLanes];
     L::store_ints(difference, sums);
-    L::store(scale, scale_);
-    L::store(bias, bias_);
-    for (int i = 0; i < L::kLanes; i += kCount) {
-      const auto load = [i](auto vector, const auto* from) __attribute__((always_inline)) {
-        std::memcpy(&vector, from + i, sizeof vector);
-        return __builtin_convertvector(vector, Doubles);
-      };
-      const Doubles twice_set = load(Ints32{}, difference) + double(group);
-      Doubles set = load(Floats{}, scale) * twice_set, all = load(Floats{}, bias) * (2.0 * group);
-      asm("" : "+m"(set), "+m"(all));  // no fma: what cancels shall give 0
-      Doubles sum;
-      std::memcpy(&sum, to + i, sizeof sum);
-      sum += double(unit) * (set + all);
-      std::memcpy(to + i, &sum, sizeof sum);
+    ONEBIT_UNROLL
+    for (int i = 0; i < 2; ++i, to += kCount) {
+      Doubles set = scale_[i] * (convert<int32_t>(difference + i * kCount) + group);
+      Doubles all = bias_[i] * (2 * group), sum;
+      asm("" : ONEBIT_VECTOR(set), ONEBIT_VECTOR(all));  // no fma: what cancels shall give 0
+      std::memcpy(&sum, to, sizeof sum);
+      sum += unit * (set + all);
+      std::memcpy(to, &sum, sizeof sum);
     }
   }
 
  private:
-  Vec scale_, bias_;
+  static constexpr int kCount = L::kLanes / 2;
+  typedef double Doubles __attribute__((vector_size(kCount * sizeof(double))));
+
+  template <class T>
+  static ONEBIT_INLINE Doubles convert(const T* from) {
+    typedef T Some __attribute__((vector_size(kCount * sizeof(T))));
+    Some v;
+    std::memcpy(&v, from, sizeof v);
+    return __builtin_convertvector(v, Doubles);
+  }
+
+  Doubles scale_[2], bias_[2];
 };
 
 }  // namespace

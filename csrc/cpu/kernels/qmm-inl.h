@@ -288,13 +288,33 @@ __attribute__((noinline)) void add_any_tile(const Group<kM>& group,
           const float unit = group.unit[plane][i];
           const int64_t at = i * y.ld + r * L::kLanes;
           if (group.in_double >> i & 1u) {
-            levels.add_in_double(y.doubles + at, sums[i], unit, group.sum[plane][i]);
+            DoubleLevels<L>(w.scale(t, r), w.bias(t, r))
+                .add(y.doubles + at, sums[i], unit, group.sum[plane][i]);
             continue;
           }
           const auto to = L::load(y.floats + at);
-          L::store(y.floats + at,
-                   usual ? levels.add_usual(to, sums[i], unit, group.all[plane][i])
-                         : levels.add_any(to, sums[i], unit, group.sum[plane][i]));
+          L::store(y.floats + at, usual ? levels.add_usual(to, sums[i], unit, group.all[plane][i])
+                                        : levels.add_any(to, sums[i], unit, group.sum[plane][i]));
+        }
+      });
+}
+
+// The same for rows that all are added up in double.
+template <class L, int kM, int kWords, class Panel>
+__attribute__((noinline)) void add_double_tile(const Group<kM>& group,
+                                               int plane,
+                                               const float* table,
+                                               const Panel& w,
+                                               int64_t t,
+                                               const Sums& y) {
+  L::template tile<kM, kWords, Panel::kSpareStored>(
+      w.index(t), table, group.sum[plane],
+      [&](int r, const typename L::Ints(&sums)[kM]) __attribute__((always_inline)) {
+        const DoubleLevels<L> levels(w.scale(t, r), w.bias(t, r));
+        double* out = y.doubles + r * L::kLanes;
+        ONEBIT_UNROLL
+        for (int i = 0; i < kM; ++i, out += y.ld) {
+          levels.add(out, sums[i], group.unit[plane][i], group.sum[plane][i]);
         }
       });
 }
@@ -361,8 +381,10 @@ ONEBIT_INLINE void add_group(const Activations& x,
     for (int64_t t = 0; t < tiles; ++t) {
       w.prefetch(t);
       const Sums out = y.from(0, t * L::kRows);
-      if (__builtin_expect(group.in_double != 0, 0) ||
-          !add_usual_tile<L, kM, kWords>(group, plane, from, w, t, out.floats, out.ld)) {
+      if (__builtin_expect(group.in_double == (1u << kM) - 1, 0)) {
+        add_double_tile<L, kM, kWords>(group, plane, from, w, t, out);
+      } else if (__builtin_expect(group.in_double != 0, 0) ||
+                 !add_usual_tile<L, kM, kWords>(group, plane, from, w, t, out.floats, out.ld)) {
         add_any_tile<L, kM, kWords>(group, plane, from, w, t, out);
       }
     }
@@ -375,12 +397,8 @@ ONEBIT_INLINE void add_group(const Activations& x,
 }
 
 template <class L>
-void store_rows(const QmmArgs& a,
-                int64_t m,
-                int64_t m_count,
-                int64_t n,
-                int64_t n_count,
-                const Sums& y) {
+void store_rows(
+    const QmmArgs& a, int64_t m, int64_t m_count, int64_t n, int64_t n_count, const Sums& y) {
   for (int64_t i = 0; i < m_count; ++i) {
     const int64_t offset = row_of(a.y_rows, m + i) * a.n + n;
     float* sums = y.floats + i * y.ld;

@@ -21,3 +21,10 @@
 #endif
 
 #define ONEBIT_INLINE inline __attribute__((always_inline))
+
+// A vector as an operand of asm that is read and written.
+#if defined(__aarch64__)
+#define ONEBIT_VECTOR(v) "+w"(v)
+#else
+#define ONEBIT_VECTOR(v) "+x"(v)
+#endif
