@@ -187,6 +187,25 @@ ONEBIT_INLINE void clear_sums(const Sums& y, int64_t rows, int64_t columns) {
   }
 }
 
+// A chain of more additions in float would round what the first groups gave too often.
+constexpr int64_t kLongestChain = 64;
+
+// After `done` of `all` terms of float32 products: what the chains have come to goes to the
+// doubles.
+ONEBIT_INLINE void end_chains(
+    const QmmArgs& a, int64_t done, int64_t all, const Sums& y, int64_t rows, int64_t columns) {
+  if (a.dtype != DType::kFloat || done % kLongestChain != 0 || done == all) return;
+  for (int64_t i = 0; i < rows; ++i) {
+    const Sums row = y.from(i);
+    if (!*row.has_doubles) std::memset(row.doubles, 0, columns * sizeof(double));
+    *row.has_doubles = true;
+    for (int64_t j = 0; j < columns; ++j) {
+      row.doubles[j] += row.floats[j];
+      row.floats[j] = 0;
+    }
+  }
+}
+
 // Tables of one group for kM rows of x from row m on; `second` is written only where it is needed.
 template <class L, int kM, int kWords>
 ONEBIT_INLINE void build_tables(const Activations& x,
@@ -479,6 +498,7 @@ void qmm_t_stream(const QmmArgs& a, const Block& block) {
           seconds + g * kTable,
           PackedGroup<L, kWords>{index + g % kStep * kIndex, scales + level, biases + level}, sums,
           1);
+      end_chains(a, g + 1, groups, sums, 1, L::kRows);
     }
     store_rows<L>(a, block.m_begin, 1, n, rows, sums);
   }
@@ -559,6 +579,7 @@ void qmm_t_panels(const QmmArgs& a, const Block& block) {
                                                       table, sums.from(i), tiles);
         };
         for_row_tiles<L>(m_count, add);
+        end_chains(a, k / kGroup + groups, a.k / kGroup, sums, m_count, ld);
       }
       store_rows<L>(a, m, m_count, n, n_count, sums);
     }

@@ -115,6 +115,7 @@ void qmm_n_panels(const QmmArgs& a, const Block& block) {
                 biases + u * kUnit, table, sums.from(i).floats, columns);
           }
         });
+        end_chains(a, tiles_for(k + rows, kUnit), tiles_for(a.k, kUnit), sums, m_count, columns);
       }
       store_rows<L>(a, m, m_count, n, columns, sums);
     }

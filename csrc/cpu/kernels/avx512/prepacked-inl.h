@@ -48,7 +48,7 @@ void qmm_prepacked_panels(const QmmArgs& a, const char* prepacked, const Block& 
   const int64_t m_block = at_most(kBlockM, block.m_end - block.m_begin);
   const bool few = m_block <= L::kMaxM;
   const int64_t panel = at_most(few ? kPrepackedPanel : kPanelRows, block.n_end - block.n_begin);
-  const int64_t chunk = few ? layout.groups : kChunkColumns / (kWords * kWordBits);
+  const int64_t chunk = few ? kLongestChain : kChunkColumns / (kWords * kWordBits);
   const int64_t ld = tiles_for(panel, L::kRows) * L::kRows;
   Arena arena(2 * L::kMaxM * L::table_size(kWords) * 4 + sums_size(m_block, ld));
   auto* table = arena.take<float>(L::kMaxM * L::table_size(kWords));
@@ -75,6 +75,7 @@ void qmm_prepacked_panels(const QmmArgs& a, const char* prepacked, const Block& 
                 sums.from(i), tiles);
           }
         });
+        end_chains(a, last, layout.groups, sums, m_count, tiles * L::kRows);
       }
       store_rows<L>(a, m, m_count, n, n_count, sums);
     }
