@@ -46,6 +46,14 @@ CASES = [
         "one small value of a group",
     ),
     (Case("trained", "symmetric", "random", BRAIN), "activations of a trained network"),
+    (
+        Case("sorted", "symmetric", "one set", group=32, m=8, groups=40),
+        "groups of one sign cancel, float32",
+    ),
+    (
+        Case("sharp softmax", "any", "random", m=2, n=32, groups=512),
+        "large values, then many groups",
+    ),
     (Case("ones", "any", "random", n=256, transpose=False), "sums over rows of weights"),
     (
         Case("outliers of 10000.0", "high is 0", "all set", n=256, transpose=False),
