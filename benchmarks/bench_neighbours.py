@@ -1,4 +1,4 @@
-"""Products on cores that other processes keep busy: one on each, in the default environment.
+"""Products on cores that other processes keep busy, in the default environment.
 
 python benchmarks/bench_neighbours.py    # half a minute, on an otherwise quiet machine
 """
@@ -11,26 +11,26 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 
+import pages
 import torch
 import torch.nn.functional as F
 
 from torch_onebit.bench.peers import Weights, ours, prepacked
 
-SECONDS = 1.0  # of a sample: a hundred time slices
+SECONDS = 0.5  # of a sample: a hundred time slices
 
 
-def busy(core: int) -> None:
-    os.sched_setaffinity(0, {core})
+def busy(cores: set[int]) -> None:
+    os.sched_setaffinity(0, cores)
     while True:
         pass
 
 
 @contextmanager
-def neighbours():
-    """A process on every core that never sleeps."""
+def neighbours(places: list[set[int]]):
+    """A process that never sleeps for each of these sets of cores."""
     spawn = multiprocessing.get_context("spawn")
-    cores = sorted(os.sched_getaffinity(0))
-    others = [spawn.Process(target=busy, args=(core,), daemon=True) for core in cores]
+    others = [spawn.Process(target=busy, args=(cores,), daemon=True) for cores in places]
     for other in others:
         other.start()
     time.sleep(1)
@@ -77,17 +77,21 @@ def main() -> None:
     calls["`F.linear` bfloat16"] = lambda: F.linear(x, dense)
     for call in calls.values():
         call()
-    quiet = rounds(calls, 3)
-    with neighbours():
-        shared = rounds(calls, 3)
-    peer = shared["`F.linear` bfloat16"]
-    print("| | alone, us | shared, us | over twice alone | times faster than `F.linear` |")
-    print("|---|---|---|---|---|")
+    cores = os.sched_getaffinity(0)
+    alone = rounds(calls, 3)
+    with neighbours([cores]):
+        one = rounds(calls, 3)
+    with neighbours([{core} for core in cores]):
+        each = rounds(calls, 3)
+    header = ["", "alone, us", "one, us", "of `F.linear`", "one on each core, us", "of `F.linear`"]
+    peers = [times["`F.linear` bfloat16"] for times in (one, each)]
+    body = []
     for name in calls:
-        row = (quiet[name] * 1e6, shared[name] * 1e6, shared[name] / quiet[name] / 2)
-        print(
-            f"| {name} | {row[0]:.0f} | {row[1]:.0f} | {row[2]:.2f} | {peer / shared[name]:.0f} |"
-        )
+        cells = [f"{alone[name] * 1e6:.0f}"]
+        for times, peer in zip((one, each), peers, strict=True):
+            cells += [f"{times[name] * 1e6:.0f}", f"1/{peer / times[name]:.0f}"]
+        body.append([name, *cells])
+    print(pages.table(header, body))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,13 @@ namespace onebit::cpu {
 // us when the other threads sleep, and a fast table does this many in 20.
 constexpr int64_t kMacsPerThread = 1 << 21;
 constexpr int64_t kRangesPerThread = 8;
-// Outputs that are worth tables of their own: with half as many a product takes up to 8 % longer.
-constexpr int64_t kOutputsPerRange = 1024;
+
+// Tiles of outputs that a product splits a thread's share into. From 64 rows of x on, as many as
+// share packed weights, 1024 outputs cost nothing. With fewer rows they cost up to 40 %: x becomes
+// tables once more, and prefetched weights are another's.
+inline int64_t least_tiles(int64_t rows, int64_t tiles, int64_t tile) {
+  return rows < 64 ? tiles : std::max<int64_t>(1024 / tile, 1);
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -102,7 +102,7 @@ Tensor qmm_prepacked_cpu(const QmmPrepacked& o) {
   const int64_t parts = std::min(ceil_div(at::get_num_threads(), tiles), row_tiles);
   const int64_t step = ceil_div(row_tiles, parts) * table.m_tile;
   const int64_t grain = ceil_div(kMacsPerThread, kTile * k * std::min(step, m));
-  in_parallel(ceil_div(m, step) * tiles, grain, kOutputsPerRange / kTile,
+  in_parallel(ceil_div(m, step) * tiles, grain, least_tiles(std::min(step, m), tiles, kTile),
               [&](int64_t begin, int64_t end) {
                 while (begin < end) {
                   const int64_t part = begin / tiles, first = begin % tiles;

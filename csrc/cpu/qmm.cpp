@@ -100,7 +100,7 @@ Tensor product_cpu(const Operands& o) {
   const int64_t grain = ceil_div(kMacsPerThread, std::max<int64_t>(n_tile * shape.k, 1));
   const int64_t rows = ceil_div(tasks, tiles * int64_t(pieces.size()));
   in_parallel(
-      tasks, grain, ceil_div(kOutputsPerRange, n_tile) * rows, [&](int64_t begin, int64_t end) {
+      tasks, grain, rows * least_tiles(rows, tiles, n_tile), [&](int64_t begin, int64_t end) {
         int64_t first_task = 0;  // of the piece
         for (const auto& p : pieces) {
           // A tile goes to the thread that has its first task; no thread's tile is split.
