@@ -8,6 +8,11 @@ guard let device = MTLCopyAllDevices().first else {
   exit(0)
 }
 let options = MTLCompileOptions()
-options.languageVersion = .version3_1
+let usesTensors = source.contains("<metal_tensor>")
+options.languageVersion = usesTensors ? .version4_0 : .version3_1
+if usesTensors && !device.supportsFamily(.metal4) {
+  print("\(device.name) has no Metal 4: only the offline compiler has seen the source")
+  exit(0)
+}
 let library = try device.makeLibrary(source: source, options: options)
 print("\(device.name): \(library.functionNames.count) kernels")

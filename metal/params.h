@@ -72,6 +72,10 @@ ONEBIT_CONSTANT uint32_t kTileK = 32;
 ONEBIT_CONSTANT uint32_t kTileThreads = 128;
 ONEBIT_CONSTANT uint32_t kTileWideThreads = 256;
 
+// qmm_tensor: tiles of y [32, 64 or 128, kTensorN]; k in steps of one word.
+ONEBIT_CONSTANT uint32_t kTensorN = 64;
+ONEBIT_CONSTANT uint32_t kTensorSimdgroups = 4;
+
 // qvm: a lane owns one word, 32 outputs; simdgroups share the rows of w.
 ONEBIT_CONSTANT uint32_t kQvmSimdgroups = 8;
 

@@ -7,14 +7,8 @@
 // rounded where both levels would not be.) simdgroup_matrix<bfloat> is emulated by the oldest GPUs:
 // launch_plan.h knows from which on it is not.
 #pragma once
-#include "common.h"
+#include "tile_levels.h"
 
-// Elements from one row of a tile to the next: 16 bytes more than 32 elements, so that the 8 rows
-// of a matrix start in different banks.
-template <typename E>
-constexpr uint stride_of() {
-  return kWordBits + 16 / sizeof(E);
-}
 // Threadgroup memory in units of 16 bytes: x and w, twice. While one half is multiplied the other
 // is filled, so that a step of k needs one barrier.
 template <typename E, uint I>
@@ -76,17 +70,6 @@ inline void multiply_tiles(Tiles<E> tiles, uint simdgroup, thread simdgroup_floa
       add_to(sum[i][j], block[0]);
     }
   }
-}
-
-// What the two bits of a group stand for in a tile.
-template <typename E>
-struct TileLevels {
-  E zero, one;
-};
-template <typename E>
-inline TileLevels<E> tile_levels(Levels levels) {
-  TileLevels<E> in_tile = {E(levels.bias), E(levels.scale + levels.bias)};
-  return in_tile;
 }
 
 // Rows of x that a thread loads four elements of, and where they start in x.

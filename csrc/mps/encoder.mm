@@ -50,9 +50,18 @@ const char* source_of(const std::string& library) {
   TORCH_INTERNAL_ASSERT(false, "no metal/", library, ".metal");
 }
 
-id<MTLLibrary> compile(id<MTLDevice> device, const std::string& name) {
+// MTLLanguageVersion4_0, which has a name in the SDK of macOS 26 and later only.
+constexpr auto kMetal4 = static_cast<MTLLanguageVersion>(4 << 16);
+
+// macOS 26.2 is the first system that MLX trusts with them.
+bool has_tensor_ops(int family) {
+  if (@available(macOS 26.2, *)) return family >= kFirstTensorFamily;
+  return false;
+}
+
+id<MTLLibrary> compile(id<MTLDevice> device, const std::string& name, bool metal4) {
   MTLCompileOptions* options = [MTLCompileOptions new];
-  options.languageVersion = MTLLanguageVersion3_1;  // the first with bfloat
+  options.languageVersion = metal4 ? kMetal4 : MTLLanguageVersion3_1;  // the first with bfloat
   // Fast math, the default, drops NaN and infinities, and quantize is exact.
 #if __MAC_OS_X_VERSION_MAX_ALLOWED >= 150000  // older SDKs have no mathMode
   if (@available(macOS 15.0, *)) {
@@ -96,7 +105,7 @@ class CompiledKernels {
     if (!kernel) {
       const std::string name = library_name(launch.pipeline.kernel);
       auto& library = libraries_[name];
-      if (!library) library = compile(device, name);
+      if (!library) library = compile(device, name, needs_metal4(launch.pipeline.kernel));
       kernel = create(device, library, launch);
     }
     return *kernel;
@@ -214,7 +223,8 @@ Gpu current_gpu() {
       while ([device
           supportsFamily:static_cast<MTLGPUFamily>(MTLGPUFamilyApple7 + family + 1 - kFirstFamily)])
         family++;
-      entry->second = {family, at::mps::MPSDevice::getInstance()->getCoreCount()};
+      entry->second = {family, at::mps::MPSDevice::getInstance()->getCoreCount(),
+                       has_tensor_ops(family)};
     }
     return entry->second;
   }

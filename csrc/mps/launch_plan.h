@@ -18,6 +18,7 @@ enum class Kernel : uint8_t {
   kQmvWide,
   kQmm,
   kQmmSorted,
+  kQmmTensor,
   kQmmN,
   kQvm,
   kSumPartials,
@@ -37,6 +38,7 @@ constexpr const char* kernel_name(Kernel kernel) {
                                    "qmv_wide",
                                    "qmm",
                                    "qmm_sorted",
+                                   "qmm_tensor",
                                    "qmm_n",
                                    "qvm",
                                    "sum_partials",
@@ -49,6 +51,9 @@ constexpr const char* kernel_name(Kernel kernel) {
                                    "flip_bits"};
   return names[static_cast<int>(kernel)];
 }
+
+// Metal 4, whose language the others must not ask for: older systems do not know it.
+constexpr bool needs_metal4(Kernel kernel) { return kernel == Kernel::kQmmTensor; }
 
 // The metal/<name>.metal that has it: a library of its own, compiled at the first use of one of its
 // kernels.
@@ -76,7 +81,7 @@ constexpr const char* type_name(DType type) {
 struct Pipeline {
   Kernel kernel;
   DType type;    // of x and y; of w and its levels in quantize and decode
-  uint8_t rows;  // instance of qmv_wide; of qmm, the rows of a tile of 16 bits; else 0
+  uint8_t rows;  // instance of qmv_wide; the rows of a tile of 16 bits; else 0
   bool partial;  // writes float sums that sum_partials adds up
   DType levels;  // of scales and biases
   bool has_biases;
@@ -88,11 +93,11 @@ struct Pipeline {
   bool has_importance = false;
 
   constexpr uint32_t key() const {
-    return static_cast<uint32_t>(kernel) | static_cast<uint32_t>(type) << 4 |
-           static_cast<uint32_t>(levels) << 6 | static_cast<uint32_t>(partial) << 8 |
-           static_cast<uint32_t>(has_biases) << 9 | static_cast<uint32_t>(indexed) << 10 |
-           static_cast<uint32_t>(group_words) << 11 | static_cast<uint32_t>(rule) << 14 |
-           static_cast<uint32_t>(other) << 16 | static_cast<uint32_t>(has_importance) << 18 |
+    return static_cast<uint32_t>(kernel) | static_cast<uint32_t>(type) << 5 |
+           static_cast<uint32_t>(levels) << 7 | static_cast<uint32_t>(partial) << 9 |
+           static_cast<uint32_t>(has_biases) << 10 | static_cast<uint32_t>(indexed) << 11 |
+           static_cast<uint32_t>(group_words) << 12 | static_cast<uint32_t>(rule) << 15 |
+           static_cast<uint32_t>(other) << 17 | static_cast<uint32_t>(has_importance) << 19 |
            static_cast<uint32_t>(rows) << 20;
   }
 };
@@ -123,13 +128,28 @@ constexpr uint32_t group_shift(int64_t group_size) {
 struct Gpu {
   int family;  // MTLGPUFamilyApple<n>: 7 M1, 8 M2, 9 M3 and M4, 10 M5
   uint32_t cores;
+  bool tensor_ops = false;  // Metal 4's, on units of their own: the M5 and later, macOS 26.2
 };
 constexpr int kFirstFamily = 7;  // of a Mac
+constexpr int kFirstTensorFamily = 10;
 
 // Nothing is committed to the GPU until PyTorch synchronises, so it would idle while Python encodes
 // a token (pytorch/executorch #17671: 125 to 85 ms a token with commits in between; MLX commits
 // every 20 to 50 operations) *.
 constexpr uint32_t kCommitLaunches = 32;
+
+struct Product {
+  uint32_t m, n, k;
+  int64_t group_size;
+  bool transpose;
+  uint32_t batches, x_matrices, w_matrices;
+  bool indexed;  // w_index and x_index say which matrices meet; else there is one of each
+  bool sorted;   // w_index ascends
+  DType type;    // of x and y
+  DType levels;  // of scales and biases
+  bool has_biases;
+  uint32_t x_repeat = 0, w_repeat = 0;  // as in QmmParams
+};
 
 // Selection: rows of data, the first that fits. Numbers marked * are reasoned, not measured: no run
 // on Apple hardware has checked them yet.
@@ -153,6 +173,7 @@ constexpr ProductRule kProductRules[] = {
     // and 32 values of x take 48 of 128 *.
     {true, kFirstFamily, kWideMaxM, Kernel::kQmvWide},
     // Above, a second pass over w would cost more than the idle rows of a tile *.
+    {true, kFirstTensorFamily, kAnyM, Kernel::kQmmTensor},
     {true, kFirstFamily, kAnyM, Kernel::kQmm},
     {false, kFirstFamily, 1, Kernel::kQvm},
     // 2 to 8 rows of x against w [k, n] come from training steps on tiny batches only: no kernel of
@@ -161,26 +182,30 @@ constexpr ProductRule kProductRules[] = {
 };
 
 // Can a kernel compute this product at all? Fast or not: the rules decide among those that can.
-constexpr bool fits(Kernel kernel, bool transpose, uint32_t m) {
+constexpr bool fits(Kernel kernel, const Product& p, const Gpu& gpu) {
   switch (kernel) {
     case Kernel::kQmv:
-      return transpose && m == 1;
+      return p.transpose && p.m == 1;
     case Kernel::kQmvWide:
-      return transpose && m <= kWideMaxM;
+      return p.transpose && p.m <= kWideMaxM;
     case Kernel::kQmm:
-      return transpose;
+      return p.transpose;
+    case Kernel::kQmmTensor:
+      // The units round float32 to fewer bits.
+      return p.transpose && gpu.tensor_ops && p.type != DType::kFloat;
     case Kernel::kQvm:
-      return !transpose && m == 1;
+      return !p.transpose && p.m == 1;
     case Kernel::kQmmN:
-      return !transpose;
+      return !p.transpose;
     default:
       return false;
   }
 }
 
-constexpr Kernel product_kernel(bool transpose, uint32_t m, const Gpu& gpu) {
+constexpr Kernel product_kernel(const Product& p, const Gpu& gpu) {
   for (const ProductRule& rule : kProductRules) {
-    if (rule.transpose == transpose && gpu.family >= rule.min_family && m <= rule.max_m) {
+    if (rule.transpose == p.transpose && gpu.family >= rule.min_family && p.m <= rule.max_m &&
+        fits(rule.kernel, p, gpu)) {
       return rule.kernel;
     }
   }
@@ -197,6 +222,11 @@ constexpr uint8_t tile_rows(DType type, uint32_t m, const Gpu& gpu) {
   if (type == DType::kFloat) return 0;
   if (type == DType::kBFloat16 && gpu.family < kBFloatMatrixFamily) return 0;
   return m <= kTileM ? kTileM : 2 * kTileM;
+}
+
+// Rows of a tile of qmm_tensor. More rows decode w less often; the cost of idle ones is small *.
+constexpr uint8_t tensor_rows(uint32_t m) {
+  return m <= kTileM ? kTileM : m <= 2 * kTileM ? 2 * kTileM : 4 * kTileM;
 }
 
 // How many threadgroups of 128 or 256 threads keep one core busy *: a core of the M1 and M2 holds
@@ -230,19 +260,6 @@ constexpr uint32_t split_k(uint32_t k, uint32_t tiles, const Gpu& gpu) {
 
 // Products: qmm, gather_qmm
 // ---------------------------------------------------------------------------------------
-
-struct Product {
-  uint32_t m, n, k;
-  int64_t group_size;
-  bool transpose;
-  uint32_t batches, x_matrices, w_matrices;
-  bool indexed;  // w_index and x_index say which matrices meet; else there is one of each
-  bool sorted;   // w_index ascends
-  DType type;    // of x and y
-  DType levels;  // of scales and biases
-  bool has_biases;
-  uint32_t x_repeat = 0, w_repeat = 0;  // as in QmmParams
-};
 
 struct ProductPlan {
   Launch product;
@@ -292,6 +309,14 @@ constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu, Kernel kern
       launch.groups = {ceil_div(p.n, kTileN), ceil_div(p.batches, kTileM), 1};
       launch.threads = kTileThreads;
       break;
+    case Kernel::kQmmTensor: {
+      const uint8_t rows = tensor_rows(p.m);
+      launch.pipeline.rows = rows;
+      launch.groups = {ceil_div(p.n, kTensorN), ceil_div(p.m, rows), p.batches};
+      launch.threads = kTensorSimdgroups * kLanes;
+      tiles = launch.groups.x * launch.groups.y * p.batches;
+      break;
+    }
     case Kernel::kQvm:
       launch.groups = {ceil_div(p.n, kWordBits * kLanes), 1, p.batches};
       launch.threads = kQvmSimdgroups * kLanes;
@@ -329,8 +354,7 @@ constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu, Kernel kern
 constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu) {
   const bool rows_by_matrix = p.transpose && p.m == 1 && p.indexed && p.sorted &&
                               p.batches / p.w_matrices >= kSortedRowsPerMatrix;
-  return plan_product(p, gpu,
-                      rows_by_matrix ? Kernel::kQmmSorted : product_kernel(p.transpose, p.m, gpu));
+  return plan_product(p, gpu, rows_by_matrix ? Kernel::kQmmSorted : product_kernel(p, gpu));
 }
 
 // quantize, fake_quantize and flip_bits_; dequantize, embedding, affine_grad
@@ -385,8 +409,9 @@ static_assert(kSplitAlign % 128 == 0 && kSplitAlign % kTileK == 0, "a split is w
 static_assert(kTileM * 4 == kTileThreads && kTileK * 8 == kTileWideThreads && kTileK == 32,
               "threads to a row");
 static_assert(kQvmSimdgroups == 8, "qvm reduces 8 of a lane's sums at a time");
-static_assert(static_cast<int>(Kernel::kFlipBits) < 16, "4 bits of a key");
-static_assert(kWideMaxM < 2 * kTileM && 2 * kTileM < 128, "7 bits of a key");
+static_assert(static_cast<int>(Kernel::kFlipBits) < 32, "5 bits of a key");
+static_assert(4 * kTileM < 256, "8 bits of a key");
+static_assert(kTensorSimdgroups * kLanes == 2 * kTensorN, "threads to a row");
 static_assert(sizeof(QmmParams) == 40 && sizeof(AffineGradParams) == 40, "no padding");
 
 }  // namespace onebit::mps

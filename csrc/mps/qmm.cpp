@@ -5,7 +5,8 @@
 #include <string>
 
 #include "../ops/product/rules.h"
-#include "encoder.h"
+#include "product.h"
+#include "tensor_tiles.h"
 #include "tensors.h"
 
 namespace onebit::mps {
@@ -23,10 +24,12 @@ void force_kernel(c10::string_view name) {
   forced_kernel = found;
 }
 
-// "family cores" of the GPU, then "transpose min_family max_m kernel" of each rule, a line each.
+// "family cores tensor_ops" of the GPU, then "transpose min_family max_m kernel" of each rule, a
+// line each.
 std::string tuning() {
   const Gpu gpu = current_gpu();
-  std::string text = std::to_string(gpu.family) + " " + std::to_string(gpu.cores) + "\n";
+  std::string text = std::to_string(gpu.family) + " " + std::to_string(gpu.cores) + " " +
+                     std::to_string(gpu.tensor_ops) + "\n";
   for (const ProductRule& rule : kProductRules) {
     text += std::to_string(rule.transpose) + " " + std::to_string(rule.min_family) + " " +
             std::to_string(rule.max_m) + " " + kernel_name(rule.kernel) + "\n";
@@ -35,10 +38,14 @@ std::string tuning() {
 }
 
 ProductPlan plan(const Product& p) {
+  const Gpu gpu = current_gpu();
   const int forced = forced_kernel;
   const Kernel kernel = static_cast<Kernel>(forced);
-  return forced >= 0 && fits(kernel, p.transpose, p.m) ? plan_product(p, current_gpu(), kernel)
-                                                       : plan_product(p, current_gpu());
+  if (forced >= 0 && fits(kernel, p, gpu)) return plan_product(p, gpu, kernel);
+  const ProductPlan plan = plan_product(p, gpu);
+  const Pipeline& pipeline = plan.product.pipeline;
+  if (pipeline.kernel != Kernel::kQmmTensor || tensor_tiles_agree(pipeline, gpu)) return plan;
+  return plan_product(p, Gpu{gpu.family, gpu.cores});
 }
 
 Tensor product_mps(const Operands& o) {
@@ -69,22 +76,28 @@ Tensor product_mps(const Operands& o) {
                      index.x_repeat,
                      index.w_repeat};
   const ProductPlan plan = mps::plan(p);
-  const auto biases = o.biases ? o.biases->contiguous() : Tensor();
-  const auto inputs = [&](const Tensor& out) {
-    return c10::SmallVector<Tensor, 8>{
-        aligned(x), words_of(o.packed), o.scales.contiguous(), biases, out, index.x, index.w};
-  };
-  if (plan.splits == 1) {
-    encode(Work{plan.product, inputs(y), &plan.params, sizeof plan.params});
-    return y;
-  }
-  const auto partial = at::empty({int64_t(plan.splits), y.numel()}, x.options().dtype(at::kFloat));
-  encode({Work{plan.product, inputs(partial), &plan.params, sizeof plan.params},
-          Work{plan.sum, {partial, y}, &plan.sum_params, sizeof plan.sum_params}});
+  const Tensor biases = o.biases ? o.biases->contiguous() : Tensor();
+  encode_product(
+      plan, {aligned(x), words_of(o.packed), o.scales.contiguous(), biases, index.x, index.w}, y);
   return y;
 }
 
 }  // namespace
+
+void encode_product(const ProductPlan& plan, const ProductTensors& t, const Tensor& y) {
+  const auto buffers = [&](const Tensor& out) {
+    return c10::SmallVector<Tensor, 8>{t.x, t.packed,  t.scales, t.biases,
+                                       out, t.x_index, t.w_index};
+  };
+  if (plan.splits == 1) {
+    encode(Work{plan.product, buffers(y), &plan.params, sizeof plan.params});
+    return;
+  }
+  const auto partial =
+      at::empty({int64_t(plan.splits), y.numel()}, t.x.options().dtype(at::kFloat));
+  encode({Work{plan.product, buffers(partial), &plan.params, sizeof plan.params},
+          Work{plan.sum, {partial, y}, &plan.sum_params, sizeof plan.sum_params}});
+}
 
 TORCH_LIBRARY_IMPL(onebit, MPS, m) {
   define<Qmm, product_mps>(m);

@@ -151,3 +151,38 @@ KERNEL(too_much_threadgroup_memory) {
   y[i] = tile[i];
 }
 KERNEL(division_by_zero) { y[i] = float(i / p.zero); }
+
+// Tensor operations: a tile of 16 x 16 of what is in threadgroup memory.
+template <int Simdgroups>
+inline void multiply(threadgroup float* tile) {
+  using Tile = tensor<threadgroup float, dextents<int, 2>, tensor_inline>;
+  Tile a(tile, dextents<int, 2>(32, 2), array<int, 2>({1, 32}));
+  constexpr auto shape = mpp::tensor_ops::matmul2d_descriptor(16, 16, 32, false, true);
+  mpp::tensor_ops::matmul2d<shape, execution_simdgroups<Simdgroups>> product;
+  auto sum = product.template get_destination_cooperative_tensor<Tile, Tile, float>();
+  product.run(a, a, sum);
+}
+KERNEL(operation_of_too_few_threads) {
+  threadgroup float tile[64];
+  y[i] = tile[i] = x[i];
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  multiply<1>(tile);
+}
+KERNEL(operation_in_a_branch) {
+  threadgroup float tile[64];
+  y[i] = tile[i] = x[i];
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (simdgroup == 0) multiply<2>(tile);
+}
+KERNEL(no_barrier_before_an_operation) {
+  threadgroup float tile[64];
+  y[i] = tile[i] = x[i];
+  multiply<2>(tile);
+}
+KERNEL(no_barrier_after_an_operation) {
+  threadgroup float tile[64];
+  y[i] = tile[i] = x[i];
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  multiply<2>(tile);
+  tile[i] = 0;
+}

@@ -23,7 +23,7 @@ extern "C" __attribute__((visibility("default"))) void plan(const int* gpu,
                            static_cast<DType>(p[10]),
                            DType::kFloat,
                            true};
-  const ProductPlan plan = plan_product(product, {gpu[0], static_cast<uint32_t>(gpu[1])});
+  const ProductPlan plan = plan_product(product, {gpu[0], static_cast<uint32_t>(gpu[1]), gpu[2] != 0});
   const Launch& l = plan.product;
   snprintf(out, size, "%s %d %ux%ux%u %u %d %u %u %u", kernel_name(l.pipeline.kernel),
            l.pipeline.rows, l.groups.x, l.groups.y, l.groups.z, l.threads, l.pipeline.partial,

@@ -158,6 +158,8 @@ def register_indices(tokens: list[Token], loop: Loop, memory: set[str]) -> list[
 
 
 def is_constant(loop: Loop, constants: set[str]) -> bool:
+    if re.search(r"< \w+ \. get_capacity \( \)$", words_of(loop.condition)):
+        return True  # elements of a cooperative tensor: the compiler knows how many
     words = {t.text for t in loop.condition if t.kind in ("word", "number")}
     words -= {loop.variable, "uint", "int", "ushort", *constants}
     return all(CONSTANT.fullmatch(w) for w in words)

@@ -41,6 +41,10 @@ BROKEN = {
     "misaligned_word": r"misaligned 4-byte read of buffer\(0\)",
     "too_much_threadgroup_memory": r"threadgroup memory of 40000 bytes exceeds 32768",
     "division_by_zero": r"integer division by zero",
+    "operation_of_too_few_threads": r"an operation of 32 threads in a threadgroup of 64",
+    "operation_in_a_branch": r"divergence: 32 thread\(s\) (at|returned).* 32 thread",
+    "no_barrier_before_an_operation": r"data race|uninitialised threadgroup tile",
+    "no_barrier_after_an_operation": r"data race: (read|write) of threadgroup",
 }
 
 

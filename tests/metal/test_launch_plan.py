@@ -27,8 +27,8 @@ def probe():
 
 
 FLOAT, HALF, BFLOAT = range(3)
-# family and cores of a GPU
-M1, M3_MAX = (7, 7), (9, 24)
+# family and cores of a GPU, and whether it has tensor operations
+M1, M3_MAX, M5, M5_OLD_SYSTEM = (7, 7), (9, 24), (10, 10, 1), (10, 10)
 
 
 @dataclass
@@ -51,7 +51,7 @@ def plan(
     values.append(dtype)
     out = ctypes.create_string_buffer(200)
     probe.plan(
-        (ctypes.c_int * 2)(*gpu), (ctypes.c_int64 * len(values))(*values), out, ctypes.c_size_t(200)
+        (ctypes.c_int * 3)(*gpu), (ctypes.c_int64 * len(values))(*values), out, ctypes.c_size_t(200)
     )
     kernel, rows, groups, *rest = out.value.decode().split()
     numbers = [int(r) for r in rest]
@@ -74,6 +74,16 @@ TABLE = [
     (16, 256, 8192, True, M1, ("qmm", 32), (8, 1, 4), 4, "few tiles, long k"),
     (16, 256, 8192, True, M3_MAX, ("qmm", 32), (8, 1, 16), 16, "more cores, more splits"),
     (16, 256, 512, True, M3_MAX, ("qmm", 32), (8, 1, 1), 1, "k too short to split"),
+    (1, 4096, 4096, True, M5, ("qmv", 0), (256, 1, 1), 1, "decoding needs no multiplier"),
+    (8, 4096, 4096, True, M5, ("qmv_wide", 8), (1024, 1, 1), 1, "nor do few rows"),
+    (9, 4096, 4096, True, M5, ("qmm_tensor", 32), (64, 1, 1), 1, "tensor operations"),
+    (33, 4097, 4096, True, M5, ("qmm_tensor", 64), (65, 1, 1), 1, "an edge of outputs"),
+    (64, 4096, 4096, True, M5, ("qmm_tensor", 64), (64, 1, 1), 1, "one tile of 64 rows"),
+    (65, 4096, 4096, True, M5, ("qmm_tensor", 128), (64, 1, 1), 1, "one of 128"),
+    (512, 4096, 4096, True, M5, ("qmm_tensor", 128), (64, 4, 1), 1, "prefill"),
+    (16, 256, 8192, True, M5, ("qmm_tensor", 32), (4, 1, 16), 16, "few tiles, long k"),
+    (512, 4096, 4096, True, M5_OLD_SYSTEM, ("qmm", 64), (128, 8, 1), 1, "before macOS 26.2"),
+    (64, 160, 128, False, M5, ("qmm_n", 0), (2, 2, 1), 1, "no tensor tiles for the backward"),
     (1, 4096, 4096, False, M1, ("qvm", 0), (4, 1, 7), 7, "backward of one row"),
     (1, 1024, 300, False, M1, ("qvm", 0), (1, 1, 1), 1, "backward, short k"),
     (2, 4096, 4096, False, M1, ("qmm_n", 0), (32, 1, 1), 1, "backward of two rows"),
@@ -104,6 +114,8 @@ def test_splits_cover_k_without_an_empty_one(probe, k, gpu):
         (FLOAT, M3_MAX, 0, (2, 4, 1), "tiles of float have 32 rows"),
         (BFLOAT, M1, 0, (2, 4, 1), "the M1 emulates matrices of bfloat"),
         (BFLOAT, M3_MAX, 64, (2, 2, 1), "the M3 has them"),
+        (FLOAT, M5, 0, (2, 4, 1), "tensor operations round float32 to fewer bits"),
+        (BFLOAT, M5, 128, (1, 1, 1), "tensor tiles"),
     ],
 )
 def test_tiles_by_dtype(probe, dtype, gpu, rows, groups, why):

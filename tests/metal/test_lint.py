@@ -25,6 +25,19 @@ def kernel(body, arguments=f"{ARGUMENTS}, {INDEX}", before="", head="[[kernel]] 
 UNROLL = '_Pragma("clang loop unroll(full)")'
 
 
+def tensor_operation():
+    """A product of x with itself, and a loop over the elements of its sums."""
+    return (
+        "using T = tensor<device float, dextents<int, 2>, tensor_inline>;"
+        "T a((device float*)x, dextents<int, 2>(32, 64), array<int, 2>({1, 32}));"
+        "constexpr auto shape = mpp::tensor_ops::matmul2d_descriptor(32, 64, 32, false, true);"
+        "mpp::tensor_ops::matmul2d<shape, execution_simdgroups<4>> product;"
+        "auto sum = product.get_destination_cooperative_tensor<T, T, float>();"
+        "product.run(a, a, sum);"
+        f"{UNROLL} for (ushort j = 0; j < sum.get_capacity(); j++) y[i] = sum[j];"
+    )
+
+
 def sums(extent):
     """A loop over words that multiplies into matrices of this extent."""
     return (
@@ -153,6 +166,39 @@ BAD = {
         "return",
     ),
     "uninitialised variable": (kernel("float a; y[i] = a;"), "uninitialized"),
+    # tensor operations
+    "a const operand": (
+        kernel(tensor_operation().replace("device float, d", "const device float, d")),
+        "tensor_type",
+    ),
+    "half sums of float operands": (
+        kernel(tensor_operation().replace("T, float>", "T, half>")),
+        "no operation for these types",
+    ),
+    "a step of k of 16": (
+        kernel(tensor_operation().replace("64, 32,", "64, 16,")),
+        "extents of the operation",
+    ),
+    "a tile of 24 rows": (
+        kernel(tensor_operation().replace("(32, 64,", "(24, 64,")),
+        "extents of the operation",
+    ),
+    "threadgroup memory as a tensor of device memory": (
+        kernel(
+            "threadgroup float t[99];" + tensor_operation().replace("a((device float*)x", "a(t")
+        ),
+        "no matching constructor",
+    ),
+    "operands of other types than the sums were made for": (
+        kernel(
+            "T b = a; half c; " + tensor_operation().replace("run(a, a, sum)", "run(a, c, sum)")
+        ),
+        "no matching|unknown type|undeclared",
+    ),
+    "elements in a loop": (
+        kernel(tensor_operation().replace(UNROLL, "")),
+        "the loop indexes `sum`: unroll it",
+    ),
     # registers
     "an array in a loop": (
         kernel("float a[4]; for (uint j = 0; j < 4; j++) a[j] = x[j]; y[i] = a[1];"),
@@ -219,7 +265,7 @@ def test_the_frame_of_the_bad_shaders_is_clean(tmp_path):
         f"float a[4]; {UNROLL} for (uint j = 0; j < 4; j++) a[j] = x[j];"
         "for (uint j = 0; j < i; j++) y[i] = x[j] + a[1];"
     )
-    path.write_text(kernel(loops + sums("[2][4]")))
+    path.write_text(kernel(loops + sums("[2][4]") + f"{{ {tensor_operation()} }}"))
     assert lint.lint(path) == []
 
 
@@ -232,7 +278,7 @@ def test_bfloat_takes_no_float_silently(tmp_path):
 
 
 # Read and compiled at the first use of a kernel: bytes at most, of all the text it needs.
-MOST_BYTES = 25_000
+MOST_BYTES = 25_500
 
 
 def test_every_shader_is_embedded_as_an_ascii_text_of_its_own():

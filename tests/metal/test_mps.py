@@ -34,7 +34,7 @@ def weights(*shape, **options):
 
 
 # family and cores of a GPU, as the fake Metal takes them
-M1, M1_MAX, M3_MAX = "7:7", "7:32", "9:24"
+M1, M1_MAX, M3_MAX, M5 = "7:7", "7:32", "9:24", "10:10"
 
 # m, rows of w, columns of w, transpose, GPU, the kernels that must have run: one row per kernel
 PRODUCTS = [
@@ -57,6 +57,18 @@ PRODUCTS = [
     (37, 1100, 320, False, M3_MAX, ["qmm_n_{}_partial", "sum_partials_{}"]),
 ]
 
+
+# The same of tensor operations, which x of 16 bits takes on newer GPUs; a group size each.
+TENSOR_PRODUCTS = [
+    (9, 70, 320, 32, ["qmm_tensor_{}_32"]),
+    (32, 21, 320, 64, ["qmm_tensor_{}_32"]),
+    (37, 129, 128, 128, ["qmm_tensor_{}_64"]),
+    (130, 70, 192, 64, ["qmm_tensor_{}_128"]),
+    (13, 70, 1088, 64, ["qmm_tensor_{}_32_partial", "sum_partials_{}"]),
+    (37, 70, 1088, 32, ["qmm_tensor_{}_64_partial", "sum_partials_{}"]),
+    (70, 70, 1152, 128, ["qmm_tensor_{}_128_partial", "sum_partials_{}"]),
+]
+TENSOR_DTYPES = (torch.float16, torch.bfloat16)
 
 SORTED = ["qmm_sorted_{}{of_32}"]
 
@@ -85,6 +97,42 @@ def test_every_product_kernel_is_accurate_under_every_schedule(
     assert kernels_of(log())[: len(expected)] == expected
 
 
+@pytest.mark.parametrize("schedule", [emulator.FORWARD, emulator.REVERSE, emulator.RANDOM])
+@pytest.mark.parametrize("dtype", TENSOR_DTYPES)
+@pytest.mark.parametrize("m, rows, columns, group_size, kernels", TENSOR_PRODUCTS)
+def test_tensor_operations_are_accurate_under_every_schedule(
+    m, rows, columns, group_size, kernels, dtype, schedule, monkeypatch
+):
+    monkeypatch.setenv("ONEBIT_FAKE_GPU", M5)
+    monkeypatch.setenv("ONEBIT_FAKE_SCHEDULE", str(schedule))
+    packed, scales, biases = weights(rows, columns, group_size=group_size, dtype=dtype)
+    biases = None if m == 32 else biases
+    x = torch.randn(m, columns).to("mps", dtype)
+    log()
+    assert_qmm(x, packed, scales, biases, group_size, True)
+    ran = kernels_of(log())  # of a first use, the tiles that are tried come before
+    expected = [k.format(FLOATS[dtype]) for k in kernels]
+    assert ran[-len(expected) - 1 : -1] == expected  # and plain torch after
+
+
+def test_tensor_operations_take_batches_offsets_and_levels_of_another_dtype(monkeypatch):
+    monkeypatch.setenv("ONEBIT_FAKE_GPU", M5)
+    packed, scales, biases = weights(3, 21, 128, group_size=64)
+    x = torch.randn(4, 12, 128).to("mps", torch.bfloat16)
+    lhs, rhs = torch.tensor([0, 3, 1], device="mps"), torch.tensor([2, 0, 7], device="mps")
+    log()
+    y = ops.gather_qmm(x, packed, scales, biases, lhs, rhs, 64)
+    assert kernels_of(log())[-1] == "qmm_tensor_bfloat_32"
+    assert y[2].isnan().all()  # no matrix 7
+    for i in range(2):
+        w = (packed[rhs[i]], scales[rhs[i]], biases[rhs[i]])
+        plain = torch_qmm(x[lhs[i]], *w, 64)
+        exact = reference.qmm(*(to_numpy(t) for t in (x[lhs[i]], *w)), 64)
+        assert_as_accurate_as_torch(y[i], plain, exact)
+    assert_qmm(x[2], packed[1], scales[1], biases[1], 64)
+    assert kernels_of(log())[-2] == "qmm_tensor_bfloat_32"
+
+
 # Where a weight that is rounded, or a sum that cancels, shows most: x, levels, bits, group size.
 STRUCTURED = [
     ("ones", "any", "random", 32, "errors of a kind add up"),
@@ -105,7 +153,7 @@ STRUCTURED = [
 
 @pytest.mark.parametrize("level_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("m, gpu", [(13, M3_MAX), (37, M3_MAX)])
+@pytest.mark.parametrize("m, gpu", [(13, M3_MAX), (37, M3_MAX), (13, M5)])
 @pytest.mark.parametrize("x, levels, bits, group, why", STRUCTURED)
 def test_tiles_keep_the_rule_on_structured_products(
     x, levels, bits, group, why, m, gpu, dtype, level_dtype, monkeypatch
@@ -141,6 +189,12 @@ def test_every_kernel_of_the_library_runs_in_these_tests():
     covered = (
         {k for *_, gpu, kernels in PRODUCTS for t in FLOATS for k in names(kernels, t, gpu)}
         | {k for gpu in (M1, M3_MAX) for t in FLOATS for k in names(SORTED, t, gpu)}
+        | {
+            k.format(FLOATS[t])
+            for *_, kernels in TENSOR_PRODUCTS
+            for t in TENSOR_DTYPES
+            for k in kernels
+        }
         | {
             f"{k}_{t}"
             for k in ("quantize", "decode", "affine_grad", *LEVEL_KERNELS)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import emulator
 import pytest
 import torch
-from test_mps import M1, M3_MAX, kernels_of, log, weights
+from test_mps import M1, M3_MAX, M5, kernels_of, log, weights
 from toolchain import ROOT, SHADERS
 
 from torch_onebit import selftest
@@ -18,7 +18,7 @@ from torch_onebit.selftest import cases, report, speed
 
 def test_it_passes_and_its_rows_are_every_kernel(monkeypatch):
     log()
-    for gpu in (M1, M3_MAX):
+    for gpu in (M1, M3_MAX, M5):
         monkeypatch.setenv("ONEBIT_FAKE_GPU", gpu)
         assert [str(row) for row in selftest.rows("mps") if not row.passed] == []
     library = emulator.Library(sorted(SHADERS.glob("*.metal")), [SHADERS])
@@ -68,6 +68,66 @@ MUTANTS = {
         "float2(half2(reinterpret_cast<thread float2&>(block.thread_elements())));",
         "qmm",
     ),
+    "qmm_tensor: levels once": ("qmm_tensor.metal", "(word & group_mask) == 0 ||", ""),
+    "qmm_tensor: matrix of w": (
+        "qmm_tensor.metal",
+        "packed += (matrices.w * p.n + n0 + row)",
+        "packed += (matrices.w * p.n + row)",
+    ),
+    "qmm_tensor: end of a split": (
+        "qmm_tensor.metal",
+        "min(p.k, split * p.split_k + p.split_k)",
+        "p.k",
+        "qmm_tensor, 32 rows, k",
+    ),
+    "qmm_tensor: first word": ("qmm_tensor.metal", "x_rows + word * kWordBits", "x_rows"),
+    "qmm_tensor: w not transposed": (
+        "qmm_tensor.metal",
+        "false, true, false",
+        "false, false, false",
+    ),
+    "qmm_tensor: relaxed precision": (
+        "qmm_tensor.metal",
+        "false, true, false",
+        "false, true, true",
+    ),
+    "qmm_tensor: the last step only": (
+        "qmm_tensor.metal",
+        "mode::multiply_accumulate",
+        "mode::multiply",
+    ),
+    "qmm_tensor: sums that start anywhere": ("qmm_tensor.metal", "sum[i] = 0.0f;", ";"),
+    "qmm_tensor: elements that are none": (
+        "qmm_tensor.metal",
+        "if (!sum.is_valid_element(i)) continue;",
+        "",
+    ),
+    "qmm_tensor: row and column": ("qmm_tensor.metal", "uint(at[1])", "uint(at[0])"),
+    "qmm_tensor: layout of another GPU": (
+        "qmm_tensor.metal",
+        "uint(at[1]), column = n0 + uint(at[0]);",
+        "thread_index / 16 * 8 + i / 4, column = n0 + thread_index % 16 * 4 + i % 4;",
+    ),
+    "qmm_tensor: rows past the last": (
+        "qmm_tensor.metal",
+        "int(count)",
+        "int(M)",
+        "qmm_tensor, 32",
+    ),
+    "qmm_tensor: outputs past the last": ("qmm_tensor.metal", "column >= p.n", "false"),
+    "qmm_tensor: no barrier": (
+        "qmm_tensor.metal",
+        "    threadgroup_barrier(mem_flags::mem_threadgroup);\n",
+        "",
+    ),
+    "qmm_tensor: one half": ("qmm_tensor.metal", "(word & 1) * half_elements", "0"),
+    "qmm_tensor: stride of a tile": ("qmm_tensor.metal", "{1, int(stride)}", "{1, 32}"),
+    "qmm_tensor: batch of y": (
+        "qmm_tensor.metal",
+        "(group.z * p.m + m0 + r)",
+        "(m0 + r)",
+        "qmm_tensor, 32 rows, k",
+    ),
     "qmm_sorted: one pass": ("qmm.metal", "next.w != first.w ||", "", "qmm_sorted"),
     "qmm_n: group of a word": ("qmm_n.metal", "(word & group_mask) == 0", "false"),
     "qmm_n: end of k": ("qmm_n.metal", "k0 + part + i < k_end", "k0 + part + i + 1 < k_end"),
@@ -101,6 +161,7 @@ MUTANTS = {
 # files whose kernels run under the names of another file
 ALSO = {
     "qmm.metal": ["sum_partials"],
+    "qmm_tensor.metal": ["sum_partials"],
     "qmm_n.metal": ["sum_partials"],
     "qvm.metal": ["sum_partials"],
 }
@@ -143,6 +204,7 @@ def libraries(tmp_path_factory):
 @pytest.mark.parametrize("defect", MUTANTS)
 def test_a_defect_in_a_kernel_fails_the_selftest(defect, libraries, monkeypatch):
     monkeypatch.setenv("ONEBIT_EMULATOR", libraries[defect])
+    monkeypatch.setenv("ONEBIT_FAKE_GPU", M5 if defect.startswith("qmm_tensor") else M1)
     assert finds_a_defect(target(defect)[0])
 
 
@@ -185,7 +247,7 @@ def test_a_report_tunes_the_rules(tmp_path, monkeypatch, capsys):
     report.write_report(str(path), "a machine", [cases.Row("qmv", torch.float16, 2, 1)], seconds=0)
     assert {"qmv_wide_half_4", "qmm_half_32", "qmm_float"} <= set(kernels_of(log()))
     found = json.loads(path.read_text())
-    assert found["gpu"] == {"family": 7, "cores": 7}
+    assert found["gpu"] == {"family": 7, "cores": 7, "tensor_operations": False}
     assert [found["rules"][s["rule"]]["kernel"] for s in found["speeds"]] == [
         *("qmv_wide", "qmv_wide", "qmm")
     ] * 3

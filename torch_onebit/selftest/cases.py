@@ -1,7 +1,8 @@
 """The checks: what is computed on the GPU and on the CPU, and how far apart the results may be."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -64,19 +65,31 @@ class Product:
     group_size: int | None = None
     biases: bool = True
     level_dtype: torch.dtype | None = None
+    forced: str = ""  # the kernel, whatever the rules of this GPU say
 
 
 METAL_PRODUCTS = [
     Product("qmv", 1, 71, 384),
     *(Product(f"qmv_wide, {m} rows", m, 71, 384) for m in (2, 3, 4, 6, 8)),
-    Product("qmm", 70, 71, 384),
-    Product("qmm, 32 rows", 20, 71, 384),
-    Product("qmm, k split", 16, 32, 2048),
-    Product("qmm, k split, 64 rows", 40, 32, 2048),
+    Product("qmm", 70, 71, 384, forced="qmm"),
+    Product("qmm, 32 rows", 20, 71, 384, forced="qmm"),
+    Product("qmm, k split", 16, 32, 2048, forced="qmm"),
+    Product("qmm, k split, 64 rows", 40, 32, 2048, forced="qmm"),
+    Product("many rows, by the rules", 70, 71, 384),
     Product("qvm", 1, 70, 384, transpose=False),
     Product("qvm, k split", 1, 2048, 128, transpose=False),
     Product("qmm_n", 40, 70, 384, transpose=False),
     Product("qmm_n, k split", 16, 2048, 128, transpose=False),
+]
+# Where the GPU has tensor operations; of x of 16 bits.
+TENSOR_PRODUCTS = [
+    Product(
+        f"qmm_tensor, {rows} rows{', k split' if k > 1024 else ''}", m, n, k, forced="qmm_tensor"
+    )
+    for rows, m, n, k in [
+        *((32, 20, 71, 384), (64, 40, 71, 384), (128, 150, 71, 384)),
+        *((32, 16, 32, 2048), (64, 40, 32, 2048), (128, 70, 32, 2048)),
+    ]
 ]
 CUDA_PRODUCTS = [
     *(Product(f"b1, {m} rows", m, 71, 512, group_size=128) for m in (1, 2, 4)),
@@ -90,24 +103,32 @@ CUDA_PRODUCTS = [
     Product("decode and cuBLAS", 1100, 71, 320, group_size=64),
     Product("not transposed", 3, 70, 320, transpose=False, group_size=64),
 ]
-PRODUCTS = {"mps": METAL_PRODUCTS, "cuda": CUDA_PRODUCTS}
+
+
+def has_tensor_operations() -> bool:
+    """Does this Mac's GPU have Metal 4's, on a system that knows them?"""
+    return torch.ops.onebit.mps_tuning().split()[2] == "1"
+
+
+def products(device: str) -> list[Product]:
+    """Products that together reach every kernel of this GPU."""
+    if device == "cuda":
+        return CUDA_PRODUCTS
+    return METAL_PRODUCTS + (TENSOR_PRODUCTS if has_tensor_operations() else [])
 
 
 def variants(products: list[Product]) -> Iterator[tuple[Product, torch.dtype]]:
     """Each product in each dtype, with other groups and levels in each."""
     for i, dtype in enumerate(DTYPES):
         for j, p in enumerate(products):
+            if p.forced == "qmm_tensor" and dtype == torch.float32:
+                continue
             if p.group_size is not None:
                 yield p, dtype
                 continue
             turn = (i + j) % 3
             other = DTYPES[(i + 1) % 3] if turn == 1 else None
-            yield (
-                Product(
-                    p.kernel, p.m, p.rows, p.columns, p.transpose, GROUPS[turn], turn > 0, other
-                ),
-                dtype,
-            )
+            yield replace(p, group_size=GROUPS[turn], biases=turn > 0, level_dtype=other), dtype
 
 
 def make_weights(
@@ -154,10 +175,23 @@ def product_error(case: Product, dtype: torch.dtype, device: str) -> tuple[float
     exact = torch_onebit.qmm(x.double(), *weights, group_size, case.transpose)
     w = torch_onebit.dequantize(*weights, group_size).to(dtype)
     plain = x @ (w.mT if case.transpose else w)
-    y = on_gpu(device, torch_onebit.qmm, (x, *weights, group_size, case.transpose), plain)
+    with forced_kernel(case.forced):
+        y = on_gpu(device, torch_onebit.qmm, (x, *weights, group_size, case.transpose), plain)
     return relative_error(y, exact), max(
         2 * relative_error(plain, exact), 0.5 * torch.finfo(dtype).eps
     )
+
+
+@contextmanager
+def forced_kernel(name: str) -> Iterator[None]:
+    """Products that this Metal kernel can compute, it computes; "" leaves them to the rules."""
+    if name:
+        torch.ops.onebit.mps_force_kernel(name)
+    try:
+        yield
+    finally:
+        if name:
+            torch.ops.onebit.mps_force_kernel("")
 
 
 def gather_error(
@@ -357,7 +391,7 @@ def checks(device: str) -> Iterator[Check]:
         yield Check("gather, not sorted", dtype, call)
         for name in CALLS:
             yield Check(f"call: {name}", dtype, partial(call_error, name, dtype, device))
-    for case, dtype in variants(PRODUCTS[device]):
+    for case, dtype in variants(products(device)):
         yield Check(case.kernel, dtype, partial(product_error, case, dtype, device))
     yield Check("flip_bits", torch.float32, partial(flip_bits_error, device))
     yield Check("call: autocast", torch.float16, partial(autocast_error, device))

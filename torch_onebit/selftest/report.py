@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import torch_onebit
-from torch_onebit.selftest.cases import Row
+from torch_onebit.selftest.cases import Row, forced_kernel
 from torch_onebit.selftest.speed import Speed, speed
 
 # transpose, kernel, rows of x: each kernel where a rule may choose it, and around
@@ -14,15 +14,16 @@ MEASURED = [
     (True, "qmv", (1,)),
     (True, "qmv_wide", (2, 3, 4, 5, 6, 7, 8)),
     (True, "qmm", (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 128, 512)),
+    (True, "qmm_tensor", (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 512)),
     (False, "qvm", (1,)),
     (False, "qmm_n", (1, 2, 4, 8, 32, 128)),
 ]
 
 
-def tuning() -> tuple[dict[str, int], list[dict]]:
+def tuning() -> tuple[dict, list[dict]]:
     """The GPU as launch_plan.h sees it, and the rules of its table."""
     head, *lines = torch.ops.onebit.mps_tuning().splitlines()
-    family, cores = map(int, head.split())
+    family, cores, tensor_operations = map(int, head.split())
     rules = []
     for line in lines:
         transpose, min_family, max_m, kernel = line.split()
@@ -34,36 +35,43 @@ def tuning() -> tuple[dict[str, int], list[dict]]:
                 "kernel": kernel,
             }
         )
-    return {"family": family, "cores": cores}, rules
+    gpu = {"family": family, "cores": cores, "tensor_operations": bool(tensor_operations)}
+    return gpu, rules
 
 
-def chosen_rule(rules: list[dict], family: int, transpose: bool, m: int) -> int:
+def can_compute(kernel: str, gpu: dict, dtype: torch.dtype) -> bool:
+    return kernel != "qmm_tensor" or (gpu["tensor_operations"] and dtype != torch.float32)
+
+
+def chosen_rule(rules: list[dict], gpu: dict, s: Speed) -> int:
     """Index of the rule that plans this product: the first that fits."""
     return next(
         i
         for i, r in enumerate(rules)
-        if r["transpose"] == transpose and family >= r["min_family"] and m <= r["max_m"]
+        if r["transpose"] == s.transpose
+        and gpu["family"] >= r["min_family"]
+        and s.m <= r["max_m"]
+        and can_compute(r["kernel"], gpu, s.dtype)
     )
 
 
-def measure(seconds: float) -> list[Speed]:
+def measure(gpu: dict, seconds: float) -> list[Speed]:
     found = []
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for transpose, kernel, row_counts in MEASURED:
-            torch.ops.onebit.mps_force_kernel(kernel)
-            try:
+            if not can_compute(kernel, gpu, dtype):
+                continue
+            with forced_kernel(kernel):
                 for m in row_counts:
                     found.append(
                         speed(m, transpose, "mps", kernel=kernel, dtype=dtype, seconds=seconds)
                     )
-            finally:
-                torch.ops.onebit.mps_force_kernel("")
     return found
 
 
 def write_report(path: str, machine: str, rows: list[Row], seconds: float = 0.1) -> None:
     gpu, rules = tuning()
-    speeds = measure(seconds)
+    speeds = measure(gpu, seconds)
     report = {
         "torch_onebit": torch_onebit.__version__,
         "torch": torch.__version__,
@@ -90,7 +98,7 @@ def write_report(path: str, machine: str, rows: list[Row], seconds: float = 0.1)
                 "dtype": str(s.dtype).removeprefix("torch."),
                 "microseconds": s.microseconds,
                 "gigabytes_per_second": s.gigabytes_per_second,
-                "rule": chosen_rule(rules, gpu["family"], s.transpose, s.m),
+                "rule": chosen_rule(rules, gpu, s),
             }
             for s in speeds
         ],

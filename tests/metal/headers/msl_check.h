@@ -124,7 +124,88 @@ void simdgroup_multiply_accumulate(thread simdgroup_matrix<D, 8, 8>&,
                                    simdgroup_matrix<B, 8, 8>,
                                    simdgroup_matrix<C, 8, 8>);
 
+template <class T, int N>
+struct array {
+  T element[N];
+  T operator[](ulong) const;
+};
+template <class I, int N>
+struct dextents {
+  dextents(I, I);
+};
+struct tensor_inline;
+template <class T, class Extents, class Kind>
+struct tensor {
+  typedef T element_type;
+  tensor(T*, Extents, array<int, 2>);
+};
+template <int N>
+struct execution_simdgroups;
+
 }  // namespace metal
+
+namespace mpp {
+namespace tensor_ops {
+
+// A number, for a class is no template argument here.
+struct matmul2d_descriptor {
+  enum class mode { multiply, multiply_accumulate };
+  int m, n, k;
+  constexpr matmul2d_descriptor(
+      int m, int n, int k, bool = false, bool = false, bool = false, mode = mode::multiply)
+      : m(m), n(n), k(k) {}
+  constexpr operator ulong() const { return ulong(m) | ulong(n) << 16 | ulong(k) << 32; }
+};
+
+template <class T>
+struct cooperative_tensor {
+  ushort get_capacity() const;
+  bool is_valid_element(ushort) const;
+  thread T& operator[](ushort);
+  metal::array<int, 2> get_multidimensional_index(ushort) const;
+};
+
+// Which types are multiplied, by numbers: float 1, half 2, bfloat 4; none for const and others.
+template <class T>
+struct tensor_type;
+#define CHECK_TENSOR_TYPE(T, n)       \
+  template <>                         \
+  struct tensor_type<T> {             \
+    enum { number = n };              \
+  };                                  \
+  template <>                         \
+  struct tensor_type<device T> {      \
+    enum { number = n };              \
+  };                                  \
+  template <>                         \
+  struct tensor_type<threadgroup T> { \
+    enum { number = n };              \
+  };
+CHECK_TENSOR_TYPE(float, 1)
+CHECK_TENSOR_TYPE(half, 2)
+CHECK_TENSOR_TYPE(bfloat, 4)
+
+template <ulong D, class Scope>
+struct matmul2d {
+  static_assert((D & 15) == 0 && (D >> 16 & 15) == 0 && (D >> 32) % 32 == 0,
+                "extents of the operation");
+  template <class L, class R, class T>
+  cooperative_tensor<T> get_destination_cooperative_tensor() const {
+    enum : int {
+      l = tensor_type<typename L::element_type>::number,
+      r = tensor_type<typename R::element_type>::number,
+      t = tensor_type<T>::number
+    };
+    static_assert(t == 1 || (l != 1 && r != 1 && (t == l || t == r)),
+                  "no operation for these types");
+    return cooperative_tensor<T>();
+  }
+  template <class L, class R, class T>
+  void run(thread L&, thread R&, thread cooperative_tensor<T>&) const;
+};
+
+}  // namespace tensor_ops
+}  // namespace mpp
 
 // `vec<T, 4>(a)` is a cast in MSL and an error in OpenCL: the translator writes construct<vec<T,
 // 4>>.

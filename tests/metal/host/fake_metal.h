@@ -47,7 +47,7 @@ const char* take_log();
 // How the sources that were compiled since the last call begin, one a line.
 const char* take_compiled();
 
-// Makes the next step that can fail do so: "compile", "function" or "pipeline".
+// Makes the next step that can fail do so: "compile", "compile 4.0", "function" or "pipeline".
 void fail_next(const char* step);
 
 }  // namespace onebit::fake

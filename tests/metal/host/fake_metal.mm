@@ -356,7 +356,10 @@ void mark_initialised(void* data) {
                                options:(MTLCompileOptions*)options
                                  error:(NSError**)error {
   *error = [NSError new];
-  TORCH_CHECK(options && [options languageVersion] == MTLLanguageVersion3_1, "bfloat needs 3.1");
+  const bool metal4 = strstr([source UTF8String], "<metal_tensor>");
+  const size_t wanted = metal4 ? 4 << 16 : MTLLanguageVersion3_1;
+  TORCH_CHECK(options && [options languageVersion] == wanted,
+              metal4 ? "tensors need 4.0" : "bfloat needs 3.1, and 4.0 a newer system");
   TORCH_CHECK([options mathMode] == MTLMathModeSafe, "quantize needs safe math");
   TORCH_CHECK([options mathFloatingPointFunctions] == MTLMathFloatingPointFunctionsPrecise,
               "what is the CPU's bit for bit needs precise functions");
@@ -364,7 +367,7 @@ void mark_initialised(void* data) {
     TORCH_CHECK((*c >= 32 && *c < 127) || *c == '\n', "the shader source must be ASCII");
   }
   TORCH_CHECK(!strstr([source UTF8String], "#include \""), "the shader source must be one text");
-  if (fails("compile")) return nil;
+  if (fails(metal4 ? "compile 4.0" : "compile")) return nil;
   compiled += std::string([source UTF8String], 24) + "\n";
   return [FakeLibrary new];
 }

@@ -1,6 +1,7 @@
 // Included first by every translated library: MSL's names, and the binding of kernel arguments.
 #pragma once
 #include "matrix.h"
+#include "tensor.h"
 
 using namespace metal;  // MSL's vector types need no qualification
 

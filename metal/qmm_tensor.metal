@@ -1,0 +1,104 @@
+// y[m, n] = x[m, :] . dequantize(w)[n, :] for many rows of 16-bit x, by the tensor operations of
+// Metal 4, which newer GPUs have units for. w stays packed in device memory and is decoded tile by
+// tile in threadgroup memory (10 KB), with levels rounded to the dtype of x as in tile.h; x is read
+// where it is. Threadgroup: 4 simdgroups, which multiply one tile of M x kTensorN outputs together;
+// its sums are a cooperative tensor of float, whose layout is the system's affair.
+// Grid: x over n, y over m, z over batches times splits of k. A split writes float partial sums.
+#include <MetalPerformancePrimitives/MetalPerformancePrimitives.h>
+#include <metal_tensor>
+
+#include "tile_levels.h"
+
+using namespace mpp::tensor_ops;
+
+// Operands may not be const. A step of k is a word: less than 32 fails on macOS 26.1.
+template <typename T>
+using XTile = tensor<device T, dextents<int, 2>, tensor_inline>;
+template <typename T>
+using WTile = tensor<threadgroup T, dextents<int, 2>, tensor_inline>;
+
+// 16 weights of a word, two threads to a row, such that the threads of a simdgroup meet every bank
+// equally often.
+template <typename T>
+inline void load_half_word(threadgroup T* row, uint bits, TileLevels<T> levels, uint part) {
+  ONEBIT_UNROLL
+  for (uint i = 0; i < 4; i++) {
+    const uint column = part * 4 + i * 8;
+    vec<T, 4> four;
+    ONEBIT_UNROLL
+    for (uint j = 0; j < 4; j++) four[j] = bit_of(bits, column + j) ? levels.one : levels.zero;
+    *(threadgroup vec<T, 4>*)(row + column) = four;
+  }
+}
+
+template <typename T, typename O, uint M>
+[[kernel]] void qmm_tensor(const device T* x [[buffer(0)]],          // [x_matrices, m, k]
+                           const device uint* packed [[buffer(1)]],  // [w_matrices, n, k / 32]
+                           const device void* scales [[buffer(2)]],  // [w_matrices, n, groups]
+                           const device void* biases [[buffer(3)]],  // as scales
+                           device O* y [[buffer(4)]],                // [splits, batches, m, n]
+                           const device long* x_index [[buffer(5)]],
+                           const device long* w_index [[buffer(6)]],
+                           constant QmmParams& p [[buffer(7)]],
+                           uint3 group [[threadgroup_position_in_grid]],
+                           uint thread_index [[thread_index_in_threadgroup]]) {
+  constexpr uint stride = stride_of<T>(), half_elements = kTensorN * stride;
+  threadgroup float4 memory[2 * half_elements * sizeof(T) / sizeof(float4)];
+  const uint split = group.z / p.batches, batch = group.z % p.batches;
+  const Matrices matrices = find_matrices(x_index, w_index, p, batch);
+  const uint m0 = group.y * M, n0 = group.x * kTensorN, count = min(M, p.m - m0);
+  const uint words = p.k / kWordBits, groups = words >> p.group_shift;
+  const uint group_mask = (1u << p.group_shift) - 1;
+  const uint begin = split * p.split_k / kWordBits;
+  const uint end = min(p.k, split * p.split_k + p.split_k) / kWordBits;
+
+  const uint row = thread_index / 2, part = thread_index % 2;
+  const bool inside = n0 + row < p.n;
+  packed += (matrices.w * p.n + n0 + row) * words;
+  const uint first_level = (matrices.w * p.n + n0 + row) * groups;
+  device T* x_rows = (device T*)(x + (matrices.x * p.m + m0) * p.k);
+
+  constexpr auto shape = matmul2d_descriptor(M, kTensorN, kTileK, false, true, false,
+                                             matmul2d_descriptor::mode::multiply_accumulate);
+  matmul2d<shape, execution_simdgroups<kTensorSimdgroups>> product;
+  auto sum = product.template get_destination_cooperative_tensor<XTile<T>, WTile<T>, float>();
+  ONEBIT_UNROLL
+  for (ushort i = 0; i < sum.get_capacity(); i++) {
+    if (sum.is_valid_element(i)) sum[i] = 0.0f;
+  }
+  TileLevels<T> levels = {T(0.0f), T(0.0f)};
+  for (uint word = begin; word < end; word++) {
+    if (inside && ((word & group_mask) == 0 || word == begin)) {
+      const uint level = first_level + (word >> p.group_shift);
+      levels = tile_levels<T>(read_levels(scales, biases, level));
+    }
+    threadgroup T* tile = (threadgroup T*)memory + (word & 1) * half_elements;
+    load_half_word(tile + row * stride, inside ? packed[word] : 0u, levels, part);
+    // One barrier a step: the half that is filled next was multiplied before this one.
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    // Rows of x past the last count as zeros: the operation minds the extents.
+    XTile<T> x_tile(x_rows + word * kWordBits, dextents<int, 2>(int(kTileK), int(count)),
+                    array<int, 2>({1, int(p.k)}));
+    WTile<T> w_tile(tile, dextents<int, 2>(int(kTileK), int(kTensorN)),
+                    array<int, 2>({1, int(stride)}));
+    product.run(x_tile, w_tile, sum);
+  }
+  ONEBIT_UNROLL
+  for (ushort i = 0; i < sum.get_capacity(); i++) {
+    if (!sum.is_valid_element(i)) continue;
+    const auto at = sum.get_multidimensional_index(i);  // column, row
+    const uint r = uint(at[1]), column = n0 + uint(at[0]);
+    if (r >= count || column >= p.n) continue;
+    y[(group.z * p.m + m0 + r) * p.n + column] = matrices.valid ? O(sum[i]) : O(NAN);
+  }
+}
+
+#define ONEBIT_INSTANTIATE_ROWS(type, rows)                                       \
+  ONEBIT_INSTANTIATE("qmm_tensor_" #type "_" #rows, qmm_tensor<type, type, rows>) \
+  ONEBIT_INSTANTIATE("qmm_tensor_" #type "_" #rows "_partial", qmm_tensor<type, float, rows>)
+#define ONEBIT_INSTANTIATE_TENSOR(type) \
+  ONEBIT_INSTANTIATE_ROWS(type, 32)     \
+  ONEBIT_INSTANTIATE_ROWS(type, 64)     \
+  ONEBIT_INSTANTIATE_ROWS(type, 128)
+ONEBIT_INSTANTIATE_TENSOR(half)
+ONEBIT_INSTANTIATE_TENSOR(bfloat)

@@ -1,0 +1,1 @@
+// Empty: the emulator includes runtime/msl.h, the check headers/msl_check.h.
