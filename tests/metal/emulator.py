@@ -45,6 +45,7 @@ class Buffer(ctypes.Structure):
         ("initialised", ctypes.c_int32),
         ("offset", ctypes.c_uint64),
         ("bytes_read", ctypes.c_uint64),
+        ("bytes_missed", ctypes.c_uint64),
         ("unwritten", ctypes.c_int64),
     ]
 
@@ -59,6 +60,8 @@ class Dispatch(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("count_traffic", ctypes.c_int32),
         ("flush_denormals", ctypes.c_int32),
+        ("bank_cycles", ctypes.c_uint64),
+        ("bank_least", ctypes.c_uint64),
     ]
 
 
@@ -103,7 +106,11 @@ class Library:
         self.path = build(sources, include, defines)
         self._c = ctypes.CDLL(str(self.path))
         self._c.emu_kernel_name.restype = ctypes.c_char_p
+        # of the last dispatch: bytes read by buffer, those that the L1 did not have, and how many
+        # times the cycles of no bank conflict threadgroup memory took
         self.traffic: dict[int, int] = {}
+        self.missed: dict[int, int] = {}
+        self.conflicts = 0.0
 
     def kernels(self) -> list[str]:
         names = []
@@ -149,6 +156,8 @@ class Library:
         if self._c.emu_run(ctypes.byref(d), message, ctypes.c_uint64(4096)):
             raise EmulatorError(self._with_line(message.value.decode()))
         self.traffic = {i: d.buffers[i].bytes_read for i in inputs}
+        self.missed = {i: d.buffers[i].bytes_missed for i in inputs}
+        self.conflicts = d.bank_cycles / max(d.bank_least, 1)
         for index in outputs:
             if missing := d.buffers[index].unwritten:
                 raise EmulatorError(f"{kernel}: {missing} bytes of buffer({index}) never written")

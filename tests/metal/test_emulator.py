@@ -216,6 +216,75 @@ def test_simdgroup_matrices_multiply(features):
     np.testing.assert_allclose(c, 1 + a @ b.T, rtol=1e-5)
 
 
+ACCESSES = """
+#include <metal_stdlib>
+using namespace metal;
+#define ARGUMENTS const device float* x [[buffer(0)]], device float* y [[buffer(1)]], \\
+                  uint lane [[thread_index_in_simdgroup]]
+#define BANKS(name, ...)                                 \\
+  [[kernel]] void name(ARGUMENTS) {                      \\
+    threadgroup float4 tile4[512];                       \\
+    threadgroup float* tile = (threadgroup float*)tile4; \\
+    __VA_ARGS__;                                         \\
+    y[lane] = 0;                                         \\
+  }
+BANKS(rows, tile[lane] = x[lane])
+BANKS(columns, tile[lane * 32] = x[lane])
+BANKS(padded_columns, tile[lane * 33] = x[lane])
+BANKS(two_banks, tile[lane * 16] = x[lane])
+BANKS(vectors, tile4[lane] = *(const device float4*)(x + lane / 32))
+BANKS(padded_vectors, tile4[lane * 9 % 512] = *(const device float4*)(x + lane / 32))
+BANKS(halves, ((threadgroup half*)tile)[lane] = half(x[lane]))
+#define TWICE(name, floats)                                       \\
+  [[kernel]] void name(ARGUMENTS) {                               \\
+    float sum = 0;                                                \\
+    for (uint i = 0; i < 2 * floats; i += 32) sum += x[(i + lane) % floats]; \\
+    y[lane] = sum;                                                \\
+  }
+TWICE(twice_8_KB, 2048)
+TWICE(twice_16_KB, 4096)
+"""
+
+
+@pytest.fixture(scope="module")
+def accesses(tmp_path_factory):
+    source = tmp_path_factory.mktemp("msl") / "accesses.metal"
+    source.write_text(ACCESSES)
+    return emulator.Library([source])
+
+
+@pytest.mark.parametrize(
+    "kernel, cycles, why",
+    [
+        ("rows", 1, "a word in each bank"),
+        ("columns", 32, "all in one bank"),
+        ("padded_columns", 1, "each in the next bank"),
+        ("two_banks", 16, "all in two banks"),
+        ("vectors", 1, "128 words in 4 cycles, the least"),
+        ("padded_vectors", 1, "36 words from one to the next"),
+        ("halves", 1, "two lanes share a word"),
+    ],
+)
+def test_banks_of_threadgroup_memory(accesses, kernel, cycles, why):
+    x = np.zeros(64, np.float32)
+    accesses.run(kernel, {0: x}, {1: np.zeros(32, np.float32)}, (1,), (32,), count_traffic=True)
+    assert accesses.conflicts == cycles
+
+
+@pytest.mark.parametrize(
+    "kernel, floats, passes, why",
+    [
+        ("twice_8_KB", 2048, 1, "as much as the L1 holds"),
+        ("twice_16_KB", 4096, 2, "gone when it is read again"),
+    ],
+)
+def test_the_l1_has_8_kilobytes(accesses, kernel, floats, passes, why):
+    x = np.zeros(floats, np.float32)
+    accesses.run(kernel, {0: x}, {1: np.zeros(32, np.float32)}, (1,), (32,), count_traffic=True)
+    assert accesses.traffic[0] == 2 * x.nbytes
+    assert accesses.missed[0] == passes * x.nbytes
+
+
 def test_traffic_counts_lanes_of_one_load_once(features):
     x = np.zeros(64, np.uint32)
     features.run("lanes", {0: x}, {1: np.zeros_like(x)}, (1,), (64,), count_traffic=True)

@@ -1,4 +1,4 @@
-"""Device memory that a product reads, counted by the emulator, over what it must read at least."""
+"""What a product reads and what keeps it waiting, counted by the emulator."""
 
 import math
 import os
@@ -16,6 +16,8 @@ class Traffic:
     read: dict[str, int]  # bytes, by buffer
     minimum: dict[str, int]  # bytes of the tensors, by buffer
     naive_x: int  # every output reads its own row of x
+    missed: dict[str, int]  # bytes that an L1 of 8 KB did not have, by buffer
+    conflicts: float  # cycles of threadgroup memory over those without bank conflicts
 
     def ratio(self, buffer: str) -> float:
         return self.read[buffer] / self.minimum[buffer]
@@ -34,14 +36,17 @@ def measure(m: int, n: int, k: int, *, group_size: int = 128, transpose: bool = 
         torch.ops.onebit.qmm(x, packed, scales, biases, group_size, transpose)
     finally:
         del os.environ["ONEBIT_FAKE_TRAFFIC"]
-    kernel, _, _, *counts = torch.ops.onebit_fake.take_log().splitlines()[0].split()
-    by_index = {int(i): int(n) for i, n in (c.split(":") for c in counts)}
+    kernel, _, _, banks, *counts = torch.ops.onebit_fake.take_log().splitlines()[0].split()
+    _, cycles, least = banks.split(":")
+    by_index = {int(i): (int(n), int(missed)) for i, n, missed in (c.split(":") for c in counts)}
     tensors = {"x": x, "packed": packed, "scales": scales, "biases": biases}
     return Traffic(
         kernel,
-        {name: by_index[i] for name, i in BUFFERS.items()},
+        {name: by_index[i][0] for name, i in BUFFERS.items()},
         {name: t.numel() * t.element_size() for name, t in tensors.items()},
         m * n * k * x.element_size(),
+        {name: by_index[i][1] for name, i in BUFFERS.items()},
+        int(cycles) / max(int(least), 1),
     )
 
 

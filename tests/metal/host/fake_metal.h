@@ -19,7 +19,7 @@ struct EmulatorBuffer {
   int32_t read_only;
   int32_t initialised;
   uint64_t offset;
-  uint64_t bytes_read;
+  uint64_t bytes_read, bytes_missed;
   int64_t unwritten;
 };
 struct EmulatorDispatch {
@@ -31,6 +31,7 @@ struct EmulatorDispatch {
   uint64_t seed;
   int32_t count_traffic;
   int32_t flush_denormals;
+  uint64_t bank_cycles, bank_least;
 };
 struct Emulator {
   const char* (*kernel_name)(int);
@@ -40,8 +41,8 @@ struct Emulator {
 const Emulator& emulator();
 
 // What happened since the last call: "kernel groups threads" of every dispatch, or "commit", one a
-// line; with
-// ONEBIT_FAKE_TRAFFIC set, " index:bytes" for every buffer that was read.
+// line; with ONEBIT_FAKE_TRAFFIC set, " banks:cycles:least" and " index:bytes:missed" for every
+// buffer that was read.
 const char* take_log();
 
 // How the sources that were compiled since the last call begin, one a line.

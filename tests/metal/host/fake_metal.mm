@@ -440,15 +440,10 @@ void mark_initialised(void* data) {
     d.threads[i] = static_cast<uint32_t>(thread_sizes[i]);
   }
   for (int i = 0; i < 31; i++) {
-    if (lengths_[i]) d.buffers[i] = {bytes_[i], lengths_[i], 1, 1, 0, 0, 0};
+    if (lengths_[i]) d.buffers[i] = {bytes_[i], lengths_[i], 1, 1};
     if (const FakeBuffer* b = buffers_[i]) {
-      d.buffers[i] = {b->contents_ + offsets_[i],
-                      b->length_ - offsets_[i],
-                      0,
-                      b->initialised_,
-                      offsets_[i],
-                      0,
-                      0};
+      d.buffers[i] = {b->contents_ + offsets_[i], b->length_ - offsets_[i], 0, b->initialised_,
+                      offsets_[i]};
     }
   }
   const char* schedule = getenv("ONEBIT_FAKE_SCHEDULE");
@@ -470,10 +465,13 @@ void mark_initialised(void* data) {
   dispatch_log += kernel + " " + std::to_string(groups.width) + "x" +
                   std::to_string(groups.height) + "x" + std::to_string(groups.depth) + " " +
                   std::to_string(threads.width);
+  const auto counts = [](const std::string& what, uint64_t a, uint64_t b) {
+    dispatch_log += " " + what + ":" + std::to_string(a) + ":" + std::to_string(b);
+  };
+  if (d.count_traffic) counts("banks", d.bank_cycles, d.bank_least);
   for (int i = 0; d.count_traffic && i < 31; i++) {
-    if (d.buffers[i].bytes_read) {
-      dispatch_log += " " + std::to_string(i) + ":" + std::to_string(d.buffers[i].bytes_read);
-    }
+    const EmulatorBuffer& b = d.buffers[i];
+    if (b.bytes_read) counts(std::to_string(i), b.bytes_read, b.bytes_missed);
   }
   dispatch_log += "\n";
 }

@@ -21,8 +21,8 @@ struct EmuBuffer {
   int32_t read_only;
   int32_t initialised;
   uint64_t offset;  // of its first byte, modulo 256: a kernel sees the alignment of the real one
-  uint64_t bytes_read;  // out, when traffic is counted
-  int64_t unwritten;    // out
+  uint64_t bytes_read, bytes_missed;  // out, when traffic is counted: by the lanes, by the L1
+  int64_t unwritten;                  // out
 };
 struct EmuDispatch {
   const char* kernel;
@@ -33,6 +33,7 @@ struct EmuDispatch {
   uint64_t seed;
   int32_t count_traffic;
   int32_t flush_denormals;
+  uint64_t bank_cycles, bank_least;  // out, when traffic is counted
 };
 }
 
@@ -119,7 +120,9 @@ void collect_buffers(EmuDispatch* d) {
     if (!b.host) continue;
     const char* memory = machine.dispatch.buffer[i];
     if (!b.read_only) memcpy(b.host, memory, b.length);
-    b.bytes_read = emu::memory_traffic(memory);
+    const emu::Reads reads = emu::memory_traffic(memory);
+    b.bytes_read = reads.all;
+    b.bytes_missed = reads.missed;
     b.unwritten = emu::memory_unwritten(memory, b.length);
   }
 }
@@ -155,7 +158,8 @@ EMU_EXPORT int emu_run(EmuDispatch* d, char* message, uint64_t message_size) {
     snprintf(message, message_size, "%s: missing buffer binding at index %d", d->kernel, missing);
     return 1;
   }
-  emu::memory_reset(d->count_traffic);
+  emu::memory_reset();
+  emu::traffic_reset(d->count_traffic);
   machine.dispatch = {};
   machine.error.clear();
   machine.entry = kernel->run;
@@ -188,8 +192,11 @@ EMU_EXPORT int emu_run(EmuDispatch* d, char* message, uint64_t message_size) {
         snprintf(message, message_size, "%s", machine.error.c_str());
         return 1;
       }
+      emu::traffic_end_threadgroup();
     }
   }
   collect_buffers(d);
+  d->bank_cycles = emu::traffic_banks().cycles;
+  d->bank_least = emu::traffic_banks().least;
   return 0;
 }

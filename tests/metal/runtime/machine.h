@@ -65,7 +65,7 @@ bool run_threadgroup();
 
 // memory.cpp: one arena holds every buffer and threadgroup variable between red zones.
 enum class Region : uint8_t { kRedZone, kReadWrite, kReadOnly, kThreadgroup };
-void memory_reset(bool count_traffic);
+void memory_reset();
 char* memory_allocate(size_t size,
                       size_t alignment,
                       size_t offset,
@@ -74,7 +74,21 @@ char* memory_allocate(size_t size,
                       bool written);
 void memory_begin_threadgroup();
 int64_t memory_unwritten(const char* begin, size_t size);
-// Device bytes read from the allocation at `begin` since memory_reset.
-uint64_t memory_traffic(const char* begin);
+// Device bytes read from an allocation since memory_reset, and those that the L1 did not have.
+struct Reads {
+  uint64_t all, missed;
+};
+Reads memory_traffic(const char* begin);
+void memory_count(size_t offset, uint64_t all, uint64_t missed);
+
+// traffic.cpp: what the accesses of a dispatch cost.
+struct BankUse {
+  uint64_t cycles, least;  // of accesses to threadgroup memory; what they took without conflicts
+};
+void traffic_reset(bool count);
+void traffic_begin_threadgroup();
+void traffic_record(size_t offset, size_t size, bool threadgroup_memory, void* pc);
+void traffic_end_threadgroup();
+BankUse traffic_banks();
 
 }  // namespace emu

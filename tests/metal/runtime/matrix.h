@@ -36,8 +36,10 @@ void simdgroup_load(simdgroup_matrix<T, 8, 8>& m,
   detail::exchange(stride, detail::kMatrixLoad, line, file);
   const P* p = source + origin[1] * stride + origin[0];
   const ulong row = detail::lane() / 4, column = detail::lane() % 4 * 2;
-  for (ulong i = 0; i < 2; i++) {
-    m.element_[i] = transpose ? p[(column + i) * stride + row] : p[row * stride + column + i];
+  if (transpose) {
+    for (ulong i = 0; i < 2; i++) m.element_[i] = p[(column + i) * stride + row];
+  } else {  // one access
+    std::memcpy(static_cast<void*>(m.element_.e), p + row * stride + column, 2 * sizeof(T));
   }
 }
 
@@ -52,8 +54,10 @@ void simdgroup_store(const simdgroup_matrix<T, 8, 8>& m,
   detail::exchange(stride, detail::kMatrixStore, line, file);
   P* p = destination + origin[1] * stride + origin[0];
   const ulong row = detail::lane() / 4, column = detail::lane() % 4 * 2;
-  for (ulong i = 0; i < 2; i++) {
-    (transpose ? p[(column + i) * stride + row] : p[row * stride + column + i]) = m.element_[i];
+  if (transpose) {
+    for (ulong i = 0; i < 2; i++) p[(column + i) * stride + row] = m.element_[i];
+  } else {
+    std::memcpy(static_cast<void*>(p + row * stride + column), m.element_.e, 2 * sizeof(T));
   }
 }
 

@@ -1,12 +1,10 @@
-// The arena and its checks: bounds, read-only buffers, uninitialised reads, alignment, races, and
-// the bytes each buffer gives to device reads.
+// The arena and its checks: bounds, read-only buffers, uninitialised reads, alignment, races.
 #include <sys/mman.h>
 
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <unordered_map>
-#include <unordered_set>
 
 #include "machine.h"
 
@@ -29,7 +27,7 @@ struct Allocation {
   size_t offset, size;
   std::string name;
   Region kind;
-  uint64_t bytes_read;
+  Reads reads;
 };
 
 char* arena = nullptr;
@@ -40,13 +38,6 @@ uint8_t* written;
 std::vector<Allocation> allocations;
 std::unordered_map<const void*, char*> variables;
 size_t threadgroup_bytes;
-
-bool count_reads;
-// Reads counted in the running threadgroup: lanes of a simdgroup that read one address with the
-// same instruction make one transaction, so the key is (simdgroup, instruction, how often this
-// lane executed it, address).
-std::unordered_set<uint64_t> transactions;
-std::unordered_map<uint64_t, uint32_t> executions;
 
 template <typename T>
 T* map_memory(size_t count) {
@@ -132,19 +123,6 @@ void check_race(size_t offset, bool is_write, bool threadgroup_memory, void* pc)
   }
 }
 
-uint64_t mix(uint64_t h, uint64_t value) {
-  h = (h ^ value) * 0x9E3779B97F4A7C15ull;
-  return h ^ (h >> 29);
-}
-
-void count(size_t offset, size_t size, void* pc) {
-  const Thread& t = thread_state();
-  const uint64_t instruction = reinterpret_cast<uint64_t>(pc);
-  const uint32_t nth = executions[mix(mix(1, t.index), instruction)]++;
-  const uint64_t key = mix(mix(mix(mix(2, t.simdgroup), instruction), nth), offset);
-  if (transactions.insert(key).second) find(offset)->bytes_read += size;
-}
-
 void access(uintptr_t address, size_t size, bool is_write, size_t alignment, void* pc) {
   const size_t begin = address - reinterpret_cast<uintptr_t>(arena);
   if (begin >= kArenaBytes || machine.current < 0) return;  // a stack, or the scheduler itself
@@ -166,12 +144,13 @@ void access(uintptr_t address, size_t size, bool is_write, size_t alignment, voi
     if (is_write) written[i] = 1;
     if (kind != Region::kReadOnly) check_race(i, is_write, kind == Region::kThreadgroup, pc);
   }
-  if (count_reads && !is_write && region[begin] != Region::kThreadgroup) count(begin, size, pc);
+  const bool in_threadgroup = region[begin] == Region::kThreadgroup;
+  if (in_threadgroup || !is_write) traffic_record(begin, size, in_threadgroup, pc);
 }
 
 }  // namespace
 
-void memory_reset(bool count_traffic) {
+void memory_reset() {
   if (!arena) {
     arena = map_memory<char>(kArenaBytes);
     shadow = map_memory<Shadow>(kArenaBytes);
@@ -188,7 +167,6 @@ void memory_reset(bool count_traffic) {
   allocations.clear();
   variables.clear();
   threadgroup_bytes = 0;
-  count_reads = count_traffic;
 }
 
 char* memory_allocate(
@@ -201,7 +179,7 @@ char* memory_allocate(
   arena_top = begin + size + kRedZone;
   memset(region + begin, static_cast<int>(kind), size);
   if (init) memset(written + begin, 1, size);
-  allocations.push_back({begin, size, name, kind, 0});
+  allocations.push_back({begin, size, name, kind, {}});
   return arena + begin;
 }
 
@@ -213,8 +191,6 @@ void memory_begin_threadgroup() {
     memset(shadow + a.offset, 0, a.size * sizeof(Shadow));
     memset(arena + a.offset, 0xFF, a.size);
   }
-  transactions.clear();
-  executions.clear();
 }
 
 void* threadgroup_variable(const void* key, size_t size, size_t alignment, const char* name) {
@@ -237,9 +213,15 @@ int64_t memory_unwritten(const char* begin, size_t size) {
   return n;
 }
 
-uint64_t memory_traffic(const char* begin) {
+Reads memory_traffic(const char* begin) {
   const Allocation* a = find(begin - arena);
-  return a ? a->bytes_read : 0;
+  return a ? a->reads : Reads{};
+}
+
+void memory_count(size_t offset, uint64_t all, uint64_t missed) {
+  Reads& reads = find(offset)->reads;
+  reads.all += all;
+  reads.missed += missed;
 }
 
 }  // namespace emu

@@ -275,6 +275,7 @@ const unsigned char* simd_exchange(const void* value,
 bool run_threadgroup() {
   start_fibers();
   memory_begin_threadgroup();
+  traffic_begin_threadgroup();
   std::vector<int> order;
   while (machine.returned < machine.threads) {
     order_threads(order);
