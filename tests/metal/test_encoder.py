@@ -40,8 +40,12 @@ def run(code=PRODUCTS, encoder=None, **environment):
     )
 
 
-@pytest.mark.parametrize("mode", [{}, {"ONEBIT_FAKE_STORAGE_HOLDS_CONTENTS": "1"}])
-def test_tensors_are_bound_whatever_their_storage_holds(mode):
+CONTENTS = {"ONEBIT_FAKE_STORAGE_HOLDS_CONTENTS": "1"}
+CONCURRENT = {"ONEBIT_FAKE_CONCURRENT": "1"}
+
+
+@pytest.mark.parametrize("mode", [{}, CONTENTS, CONCURRENT, {**CONTENTS, **CONCURRENT}])
+def test_products_are_right_whatever_storages_hold_and_encoders_order(mode):
     done = run(**mode)
     assert done.returncode == 0, done.stderr
 
@@ -73,6 +77,16 @@ MUTANTS = {  # before, after, what the fake Metal must say; None: the process di
         "SyncType::COMMIT_AND_WAIT)",
         "a commit must not wait",
     ),
+    "tensor operations in an older language": (
+        "metal4 ? kMetal4 : MTLLanguageVersion3_1",
+        "MTLLanguageVersion3_1",
+        "tensors need 4.0",
+    ),
+    "a newer language for all": (
+        "metal4 ? kMetal4 : MTLLanguageVersion3_1",
+        "kMetal4",
+        "bfloat needs 3.1",
+    ),
     "fast functions": (
         "MTLMathFloatingPointFunctionsPrecise",
         "MTLMathFloatingPointFunctionsFast",
@@ -89,11 +103,36 @@ def test_a_defect_in_the_encoder_is_reported(defect, tmp_path):
     mutant = tmp_path / "encoder.mm"
     mutant.write_text(text.replace(before, after))
     many = PRODUCTS + "for _ in range(40): torch.ops.onebit.dequantize(*w, 64)\n"
+    many += "import os; os.environ['ONEBIT_FAKE_GPU'] = '10:10'\n"
+    many += "torch.ops.onebit.qmm(torch.ones(37, 2048).half().to('mps'), *w, 64)\n"
     done = run(many, mutant, ONEBIT_FAKE_STORAGE_HOLDS_CONTENTS="1")
     if message is None:
         assert done.returncode < 0
     else:
-        assert done.returncode == 1 and message in done.stderr, done.stderr
+        # What only tensor operations suffer from, they are replaced for.
+        noticed = done.returncode == 1 or "tensor operations are not used" in done.stderr
+        assert noticed and message in done.stderr, done.stderr
+
+
+# In a concurrent encoder: what is not ordered by a barrier runs late, and in another order.
+UNORDERED = {
+    "no barrier between a product and its sum": (
+        "[encoder memoryBarrierWithScope:MTLBarrierScopeBuffers];\n        (*ready)",
+        "if (i == 0) [encoder memoryBarrierWithScope:MTLBarrierScopeBuffers];\n        (*ready)",
+    ),
+    "no barrier after the last launch": MUTANTS["no barrier after the last launch"][:2],
+}
+
+
+@pytest.mark.parametrize("defect", UNORDERED)
+def test_a_missing_barrier_gives_wrong_products_in_a_concurrent_encoder(defect, tmp_path):
+    before, after = UNORDERED[defect]
+    text = ENCODER.read_text()
+    assert text.count(before) == 1
+    mutant = tmp_path / "encoder.mm"
+    mutant.write_text(text.replace(before, after))
+    failed = [run(encoder=mutant, ONEBIT_FAKE_CONCURRENT=seed).returncode for seed in "13"]
+    assert any(failed)
 
 
 def test_a_failing_compiler_is_quoted():

@@ -1,0 +1,6 @@
+// The only GPU.
+#pragma once
+#include <Metal/Metal.h>
+
+@interface FakeDevice : NSObject <MTLDevice>
+@end
