@@ -62,20 +62,37 @@ class WithSubnormals {
   Mode mode_;
 };
 
-// f(first, last) of ranges that make up [0, count), a few for each thread: one that comes late or
-// is slow takes fewer. A thread is worth at least `grain`, a range `least` if shares are as large.
+int64_t nanoseconds();
+// Whether a thread had to be waited for within the last second: the system gave it no core.
+bool cores_are_shared(int64_t now);
+// The caller of a parallel region worked, then waited for the others, until now.
+void note_wait(int64_t worked, int64_t waited, int64_t now);
+
+// f(first, last) of ranges that make up [0, count). A thread is worth at least `grain`; where cores
+// are shared, its share is split into ranges of at least `least`, of which a late one takes fewer.
 template <class F>
 void in_parallel(int64_t count, int64_t grain, int64_t least, const F& f) {
   if (count <= 0) return;
   const int64_t allowed = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t threads = std::min(allowed, ceil_div(count, std::max<int64_t>(grain, 1)));
   const int64_t share = ceil_div(count, threads);
-  const int64_t ranges = threads == 1 ? 1 : std::clamp<int64_t>(share / least, 1, kRangesPerThread);
-  const int64_t step = ceil_div(share, ranges);
-  run_chunks(ceil_div(count, step), threads, [&](int64_t chunk) {
+  const auto run = [&](int64_t range, int64_t step) {
     const WithSubnormals mode;
-    f(chunk * step, std::min((chunk + 1) * step, count));
+    f(range * step, std::min((range + 1) * step, count));
+  };
+  if (threads == 1) return run(0, count);
+  const int64_t begin = nanoseconds();
+  if (cores_are_shared(begin)) {
+    const int64_t step = ceil_div(share, std::clamp<int64_t>(share / least, 1, kRangesPerThread));
+    return run_chunks(ceil_div(count, step), threads, [&](int64_t range) { run(range, step); });
+  }
+  int64_t worked = 0;
+  at::parallel_for(0, ceil_div(count, share), 1, [&](int64_t first, int64_t last) {
+    for (int64_t range = first; range < last; ++range) run(range, share);
+    if (first == 0) worked = nanoseconds() - begin;  // the caller
   });
+  const int64_t end = nanoseconds();
+  note_wait(worked, end - begin - worked, end);
 }
 
 template <class F>
