@@ -294,9 +294,9 @@ class TiedByHand(nn.Module):
 
 
 class Aliased(TiedByHand):
-    def forward(self, x):
-        embed = self.embed
-        return nn.functional.linear(self.inner(embed(x)), embed.weight)
+    def forward(me, x):
+        embed = me.embed
+        return nn.functional.linear(me.inner(embed(x)), embed.weight)
 
 
 class HandedOn(TiedByHand):

@@ -104,9 +104,10 @@ class _Method(ast.NodeVisitor):
     def __init__(self, method: FunctionType) -> None:
         self.read: set[Path] = set()
         self.handed_on: set[Path] = set()
-        self.known: dict[str, Path] = {"self": ()}  # variables that are modules
         code = method.__code__
-        self.arguments = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        self.known: dict[str, Path] = dict.fromkeys(names[:1], ())  # variables that are modules
+        self.arguments = set(names[1:])
         try:
             tree = ast.parse("if True:\n" + textwrap.indent(inspect.getsource(method), " "))
         except (OSError, TypeError, SyntaxError):  # no source: what it names, it may read
@@ -142,12 +143,12 @@ class _Method(ast.NodeVisitor):
             path = self._path(inner)
             if path:
                 self.read.add(path)
-            elif isinstance(inner, ast.Name) and inner.id in self.arguments - {"self"}:
+            elif isinstance(inner, ast.Name) and inner.id in self.arguments:
                 self.read.add(())
         self.generic_visit(node)
 
     def _path(self, node: ast.AST) -> Path | None:
-        """What an expression is, from self; None where that is not known."""
+        """What an expression is, from the module; None where that is not known."""
         if isinstance(node, ast.Name):
             return self.known.get(node.id)
         if isinstance(node, ast.Attribute):
