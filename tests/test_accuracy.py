@@ -76,6 +76,17 @@ def test_rule_holds_for_prepacked_weights(case, why):
         assert error <= allowed, f"torch {plain}"
 
 
+@pytest.mark.parametrize("dtype, small", [(BRAIN, 2.0**-12), (torch.float32, 2.0**-30)])
+def test_a_value_below_the_step_of_its_group_counts_where_the_others_meet_0(dtype, small, isa):
+    n, group, position = 128, 128, 5
+    x = torch.ones(1, group, dtype=dtype)
+    x[:, position] = small
+    scales = 0.01 + 0.02 * torch.rand(n, 1)
+    packed = pack(BITS["one set"](n, group, group, position))
+    y = ops.qmm(x, packed, scales, torch.zeros(n, 1), group_size=group)
+    assert relative_error(y, to_numpy(small * scales.T.double())) <= torch.finfo(dtype).eps
+
+
 # Activations, gradient of the product, bits.
 GRADIENTS = [
     ("ones", "near 1", "random", "common roundings"),

@@ -148,12 +148,15 @@ struct Group {
   float unit[2][kM];   // of the sums that are looked up
   float all[2][kM];    // the sum of the group in units
   int32_t sum[2][kM];  // the same in steps
+  int units;           // in a step
+
+  ONEBIT_INLINE float step(int plane, int row) const { return unit[plane][row] * units; }
 
   template <class Planes>
   ONEBIT_INLINE void set(int plane, int row, const Planes& planes) {
-    constexpr int kUnits = sizeof(planes.q[0][0]) == 4 ? 2 : 1;  // in a step
-    unit[plane][row] = planes.step[plane] * (1.0f / kUnits);
-    all[plane][row] = float(planes.sum[plane]) * kUnits;
+    units = sizeof(planes.q[0][0]) == 4 ? 2 : 1;
+    unit[plane][row] = planes.step[plane] / units;
+    all[plane][row] = float(planes.sum[plane]) * units;
     sum[plane][row] = planes.sum[plane];
   }
 };
@@ -290,6 +293,53 @@ __attribute__((noinline)) void add_plain(
   }
 }
 
+// y[kM, tile t] += what fixed point has lost of a group's small values, where levels are not the
+// usual ones: it is all that counts where the others meet a level of 0.
+template <class L, int kM, int kWords, class Panel>
+__attribute__((noinline)) void add_lost(const Activations& x,
+                                        int64_t m,
+                                        int64_t column,
+                                        const Group<kM>& group,
+                                        const Panel& w,
+                                        int64_t t,
+                                        const Sums& y) {
+  constexpr int kCount = 32 * kWords;
+  uint32_t unusual = 0;
+  for (int r = 0; r < L::kVectors; ++r) {
+    if (!Levels<L>(w.scale(t, r), w.bias(t, r)).are_usual()) unusual |= 1u << r;
+  }
+  if (unusual == 0) return;
+  const auto tolerance = L::set(2 * tolerance_of(x.dtype));
+  alignas(64) float buffer[kCount], rest[kCount];
+  for (int i = 0; i < kM; ++i) {
+    const float *v = as_floats<L>(x.data, x.dtype, x.offset(m + i, column), kCount, buffer),
+                step = group.step(0, i), second = group.planes > 1 ? group.step(1, i) : 0;
+    if (step == 0) continue;  // zeros, or in no table
+    int count = 0, columns[kCount];
+    for (int j = 0; j < kCount; j += L::kLanes) {
+      const auto value = L::load(v + j);
+      auto lost = rest_of<L>(value, step);
+      if (second != 0) lost = rest_of<L>(lost, second);
+      L::store(rest + j, lost);
+      uint32_t bits = L::greater_bits(L::abs(lost), L::mul(L::abs(value), tolerance));
+      for (; bits != 0; bits &= bits - 1) columns[count++] = j + __builtin_ctz(bits);
+    }
+    for (int r = 0; count > 0 && r < L::kVectors; ++r) {
+      if (!(unusual >> r & 1u)) continue;
+      const auto scale = w.scale(t, r), bias = w.bias(t, r);
+      const auto low = L::fma(scale, L::zero(), bias), high = L::add(scale, bias);
+      auto sum = L::zero();
+      for (int c = 0; c < count; ++c) {
+        const int j = columns[c];
+        const auto bit = L::bit_of(w.index(t) + L::dword(j, r), L::bit(j, r));
+        sum = L::fma(L::set(rest[j]), L::choose(bit, high, low), sum);
+      }
+      float* out = y.floats + i * y.ld + r * L::kLanes;
+      L::store(out, L::add(L::load(out), sum));
+    }
+  }
+}
+
 // y[kM, tile t] += one plane of a group, whatever its levels and its values.
 template <class L, int kM, int kWords, class Panel>
 __attribute__((noinline)) void add_any_tile(const Group<kM>& group,
@@ -405,7 +455,10 @@ ONEBIT_INLINE void add_group(const Activations& x,
       } else if (__builtin_expect(group.in_double != 0, 0) ||
                  !add_usual_tile<L, kM, kWords>(group, plane, from, w, t, out.floats, out.ld)) {
         add_any_tile<L, kM, kWords>(group, plane, from, w, t, out);
+      } else {
+        continue;
       }
+      if (plane == 0) add_lost<L, kM, kWords>(x, m, column, group, w, t, out);
     }
   }
   for (int i = 0; __builtin_expect(group.plain >> i, 0); ++i) {
