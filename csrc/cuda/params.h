@@ -76,6 +76,19 @@ struct WgmmaArgs {
   uint32_t sum_rows;  // m, up to whole tiles: no bound is checked there
 };
 
+// As ProductArgs, for one matrix in tiles.
+struct TileArgs {
+  const void* x;
+  const uint32_t* packed;
+  const void* scales;
+  const void* biases;
+  void* y;  // [m, n], or [splits, m, n] partial sums
+  uint32_t m, n, k;
+  uint32_t steps;  // of 128 columns, in one split
+};
+constexpr int kTileOutputs = 128;
+constexpr int kTileThreads = 256;
+
 // x = p0 + p1 + p2, bfloat16 each, and the group sums of p0 and of the others.
 struct SplitArgs {
   const float* x;   // [m, k]

@@ -73,6 +73,23 @@ Parts split(const Inputs& o, const Product& p, uint32_t sum_rows) {
   return result;
 }
 
+// Where y is written, or the partial sums that are then added up to it.
+struct Sums {
+  Tensor y, partial;
+  uint32_t splits;
+
+  Sums(const Tensor& y, uint32_t splits) : y(y), splits(splits) {
+    if (splits == 1) return;
+    partial = at::empty({int64_t(splits), y.numel()}, y.options().dtype(at::kFloat));
+  }
+  void* to() const { return (partial.defined() ? partial : y).mutable_data_ptr(); }
+  void add_up(DType out) const {
+    if (!partial.defined()) return;
+    const SumArgs args = {partial.const_data_ptr<float>(), y.mutable_data_ptr(), y.numel(), splits};
+    launch(plan_sum(args.count, out), args);
+  }
+};
+
 void run_wgmma(const ProductPlan& plan, const Product& p, const Inputs& o, const Tensor& y) {
   const Variant& v = plan.product.variant;
   const uint32_t sum_rows = ceil_div(p.m, v.rows) * v.rows;
@@ -80,10 +97,7 @@ void run_wgmma(const ProductPlan& plan, const Product& p, const Inputs& o, const
   if (p.x == DType::kFloat) split_x = split(o, p, sum_rows);
   const Tensor& x = split_x.parts.defined() ? split_x.parts : o.x;
   const uint32_t parts = split_x.parts.defined() ? 3 : 1;
-  Tensor partial;
-  if (plan.splits > 1) {
-    partial = at::empty({int64_t(plan.splits), y.numel()}, y.options().dtype(at::kFloat));
-  }
+  const Sums sums(y, plan.splits);
   const uint64_t k = p.k;
   const WgmmaArgs args = {tensor_map({x.const_data_ptr(),
                                       false,
@@ -102,17 +116,29 @@ void run_wgmma(const ProductPlan& plan, const Product& p, const Inputs& o, const
                           o.scales.const_data_ptr(),
                           data(o.biases),
                           split_x.sums.defined() ? split_x.sums.const_data_ptr<float>() : nullptr,
-                          (partial.defined() ? partial : y).mutable_data_ptr(),
+                          sums.to(),
                           p.m,
                           p.n,
                           p.k,
                           plan.steps,
                           sum_rows};
   launch(plan.product, args);
-  if (!partial.defined()) return;
-  const SumArgs sum = {partial.const_data_ptr<float>(), y.mutable_data_ptr(), y.numel(),
-                       plan.splits};
-  launch(plan_sum(sum.count, p.x), sum);
+  sums.add_up(p.x);
+}
+
+void run_tiles(const ProductPlan& plan, const Product& p, const Inputs& o, const Tensor& y) {
+  const Sums sums(y, plan.splits);
+  const TileArgs args = {o.x.const_data_ptr(),
+                         words(o.packed),
+                         o.scales.const_data_ptr(),
+                         data(o.biases),
+                         sums.to(),
+                         p.m,
+                         p.n,
+                         p.k,
+                         plan.steps};
+  launch(plan.product, args);
+  sums.add_up(p.x);
 }
 
 Tensor product_cuda(const Operands& o, Below<Tensor> composite) {
@@ -143,6 +169,7 @@ Tensor product_cuda(const Operands& o, Below<Tensor> composite) {
   const auto args = product_args(inputs, p, index, y);
   if (plan.way == Way::kB1) run_b1(plan, p, args, x);
   if (plan.way == Way::kWgmma) run_wgmma(plan, p, inputs, y);
+  if (plan.way == Way::kTiles) run_tiles(plan, p, inputs, y);
   if (plan.way == Way::kHmma || plan.way == Way::kGatherN) launch(plan.product, args);
   return y;
 }

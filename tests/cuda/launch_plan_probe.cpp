@@ -40,7 +40,7 @@ extern "C" void product(const int64_t* p, char* out, size_t size) {
                            p[6] != 0,      uint32_t(p[7]), p[8] != 0,      type(p[9]),
                            type(p[10]),    p[11] != 0};
   const ProductPlan plan = plan_product(product, gpu);
-  constexpr const char* ways[] = {"b1", "hmma", "wgmma", "gather_n", "dense"};
+  constexpr const char* ways[] = {"b1", "hmma", "wgmma", "tiles", "gather_n", "dense"};
   std::string lines = std::string(ways[int(plan.way)]) + " " + std::to_string(plan.splits) + " " +
                       std::to_string(plan.steps) + "\n";
   if (plan.way == Way::kB1) lines += text(plan.planes);

@@ -11,8 +11,8 @@ HERE = Path(__file__).parent
 TYPES = ("float", "half", "bfloat")
 # In the order of launch_plan.h.
 KERNELS = (
-    "quantize", "decode", "split", "sum_partials", "planes", "b1", "hmma", "wgmma", "gather_n",
-    "affine_grad", "quantize_levels", "fake_quantize", "fake_quantize_backward",
+    "quantize", "decode", "split", "sum_partials", "planes", "b1", "hmma", "wgmma", "tiles",
+    "gather_n", "affine_grad", "quantize_levels", "fake_quantize", "fake_quantize_backward",
     "fake_quantize_affine", "fake_quantize_affine_backward", "flip_bits",
 )  # fmt: skip
 H100 = (90, 132)

@@ -255,3 +255,21 @@ def test_compiled_kernels_are_kept_and_never_trusted(tmp_path):
         path.write_bytes(path.read_bytes()[:100])
     assert run_with_cache(tmp_path / "cache") == first
     assert run_with_cache("/proc/no/such/folder") == first  # cannot be written: no error
+
+
+def run_as(architecture: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "ONEBIT_CUDA_ARCHITECTURE": architecture}
+    command = [sys.executable, "-m", "torch_onebit", "selftest"]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+@pytest.mark.parametrize("architecture", ["80", "120"])
+def test_kernels_chosen_for_other_gpus_agree_with_the_cpu(architecture):
+    run = run_as(architecture)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+
+
+def test_an_architecture_without_kernels_cannot_be_chosen():
+    run = run_as("75")
+    assert run.returncode != 0
+    assert "ONEBIT_CUDA_ARCHITECTURE must be 80 or more" in run.stdout + run.stderr

@@ -69,6 +69,7 @@ EVERYWHERE = [
     plans.rows("decode", 8, other="float", levels="half", group_size=32),
     plans.product(13, 70, 640, gpu=(80, 108), x="half", levels="float").launches[-1],
     plans.product(5, 70, 160, gpu=(80, 108), x="float", group_size=32).launches[-1],
+    plans.product(100, 70, 640, gpu=(80, 108), x="half", levels="float").launches[-1],
     plans.product(3, 64, 64, transpose=False, indexed=True, group_size=64).launches[-1],
     plans.rows("affine_grad", 8, group_size=64),
     plans.rows("quantize_levels", 8, group_size=32, rule=3, importance=True),
@@ -85,6 +86,21 @@ def test_every_source_compiles(architecture):
         assert launch.kernel in program.kernels
     covered = {launch.source for launch in EVERYWHERE}
     assert covered == SOURCES.keys() - {"b1", "wgmma"}
+
+
+# Rows of x, group size, the most registers: 65536 / 512 let a second block in.
+TILES = [(32, 128, 128), (64, 128, 128), (128, 128, 208), (128, 32, 255)]
+
+
+@pytest.mark.parametrize("architecture", [80, 89, 100, 120])
+def test_tiles_spill_nothing_on_any_gpu_that_takes_them(architecture):
+    for m, group_size, registers in TILES:
+        gpu = (architecture, 100)
+        launch = plans.product(m, 14336, 4096, gpu=gpu, group_size=group_size).launches[-1]
+        assert launch.kernel == "tiles"
+        program = nvrtc.compile_program(SOURCES["tiles"], f"sm_{architecture}", launch.options)
+        assert program.kernels["tiles"].spilled_bytes == 0
+        assert program.kernels["tiles"].registers <= registers
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_89"])

@@ -19,10 +19,9 @@
 //   ONEBIT_STAGES
 //   ONEBIT_STEPS      1, or 4 when k is a multiple of 512
 //   ONEBIT_PARTIAL    1: y holds float sums of a split of k
+#include "tiles.cuh"
 #include "wgmma.cuh"
 
-using X = ONEBIT_X;
-using Level = ONEBIT_LEVELS;
 constexpr int kRows = ONEBIT_ROWS, kConsumers = ONEBIT_CONSUMERS, kStages = ONEBIT_STAGES;
 constexpr int kParts = kSame<X, Float> ? 3 : 1;
 constexpr int kOutputs = 64 * kConsumers;
@@ -36,16 +35,6 @@ constexpr int kSums = kRows / 2;  // of a thread
 constexpr int kThreads = 128 * (kConsumers + 1);
 // Registers of a multiplying thread; the copying warpgroup gives the rest away.
 constexpr bool kLarge = kSums * (kParts == 3 ? 2 : 1) >= 128;
-
-template <bool partial>
-struct OutOf {
-  using type = X;
-};
-template <>
-struct OutOf<true> {
-  using type = Float;
-};
-using Out = OutOf<ONEBIT_PARTIAL>::type;
 
 // --- Barriers in shared memory, and the copy engine ---
 
@@ -89,74 +78,6 @@ __device__ __forceinline__ void copy_words(
       " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
       "l"(map), "r"(word), "r"(row), "r"(shared_address(full))
       : "memory");
-}
-
-// --- Levels of the rows g and g + 8 of a lane, of one stage ---
-
-struct Levels {
-  static constexpr int kCount = kSteps * kGroups;
-  static constexpr bool kFours = kCount % 4 == 0;
-  struct One {
-    float value[kCount];
-    __device__ __forceinline__ float get(int i) const { return value[i]; }
-    __device__ __forceinline__ void load(const void* levels, int64_t at) {
-      ONEBIT_UNROLL
-      for (int i = 0; i < kCount; i++)
-        value[i] = to_float(static_cast<const Level*>(levels)[at + i]);
-    }
-  };
-  struct InFours {
-    Four<Level> value[kFours ? kCount / 4 : 1];
-    __device__ __forceinline__ float get(int i) const { return value[i / 4][i % 4]; }
-    __device__ __forceinline__ void load(const void* levels, int64_t at) {
-      ONEBIT_UNROLL
-      for (int i = 0; i < kCount / 4; i++) {
-        value[i].load(static_cast<const Level*>(levels) + at + 4 * i);
-      }
-    }
-  };
-  template <bool fours, class A, class B>
-  struct Choose {
-    using type = A;
-  };
-  template <class A, class B>
-  struct Choose<true, A, B> {
-    using type = B;
-  };
-  using Row = typename Choose<kFours, One, InFours>::type;
-  Row scales[2], biases[2];
-
-  __device__ __forceinline__ void load(const WgmmaArgs& p,
-                                       const uint32_t (&row)[2],
-                                       uint32_t stage) {
-    ONEBIT_UNROLL
-    for (int h = 0; h < 2; h++) {
-      const int64_t at = int64_t(row[h]) * (p.k / kGroupSize) + stage * kCount;
-      scales[h].load(p.scales, at);
-      if constexpr (kHasBiases) biases[h].load(p.biases, at);
-    }
-  }
-  __device__ __forceinline__ float scale(int h, int i) const { return scales[h].get(i); }
-  __device__ __forceinline__ float bias(int h, int i) const {
-    return kHasBiases ? biases[h].get(i) : scale(h, i) * -0.5f;
-  }
-};
-
-// The sign of byte b of x in the low half, of y in the high half: masks of two weights.
-// (__byte_perm drops the bit of a selector that asks for signs.)
-__device__ __forceinline__ uint32_t signs(uint32_t x, uint32_t y, uint32_t b) {
-  uint32_t mask;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(mask) : "r"(x), "r"(y), "r"(0xcc88u + 0x1111u * b));
-  return mask;
-}
-
-template <class T>
-__device__ __forceinline__ uint32_t twice(float v) {
-  if constexpr (sizeof(T) == 2) {
-    const uint32_t bits = from_float<T>(v).bits;
-    return bits | bits << 16;
-  }
-  return 0;
 }
 
 // A fragments of 64 columns: 4 times 4 registers.
@@ -230,8 +151,9 @@ ONEBIT_KERNEL __launch_bounds__(kThreads, 1) wgmma(const __grid_constant__ Wgmma
   ONEBIT_UNROLL
   for (int i = 0; i < 32; i++) a[i / 16][i % 16] = 0;
   float total[kParts == 3 ? kSums : 1] = {};
+  using Levels = LevelsOf<kSteps * kGroups>;
   Levels next;
-  next.load(p, row, first);
+  next.load(p.scales, p.biases, p.k, row, first);
   if constexpr (kParts == 3) wait_for_previous();  // so are the sums
 
 #pragma unroll 1
@@ -239,7 +161,7 @@ ONEBIT_KERNEL __launch_bounds__(kThreads, 1) wgmma(const __grid_constant__ Wgmma
     const uint32_t s = i % kStages;
     uint8_t* stage = shared + s * kStageBytes;
     const Levels levels = next;
-    if (i + 1 < steps) next.load(p, row, first + i + 1);
+    if (i + 1 < steps) next.load(p.scales, p.biases, p.k, row, first + i + 1);
     barrier_wait(&full[s], i / kStages & 1);
     const uint64_t tile = tile_descriptor(stage);
     ONEBIT_UNROLL
@@ -353,21 +275,5 @@ ONEBIT_KERNEL __launch_bounds__(kThreads, 1) wgmma(const __grid_constant__ Wgmma
   }
   asm volatile("bar.sync 1, %0;" ::"n"(128 * kConsumers) : "memory");
   Out* y = static_cast<Out*>(p.y) + int64_t(blockIdx.z) * p.m * p.n;
-  constexpr int kVector = Vector<Out>::kCount, kVectors = kOutputs / kVector;
-  for (int i = threadIdx.x; i < kRows * kVectors; i += 128 * kConsumers) {
-    const uint32_t m = i / kVectors, n = i % kVectors * kVector;
-    if (m0 + m >= p.m || n0 + n >= p.n) continue;
-    Vector<Out> out;
-    ONEBIT_UNROLL
-    for (int j = 0; j < kVector; j++) out.values[j] = from_float<Out>(tile[m * kPitch + n + j]);
-    Out* to = y + int64_t(m0 + m) * p.n + n0 + n;
-    if (p.n % kVector == 0) {
-      store_vector(to, out);
-    } else {
-      ONEBIT_UNROLL
-      for (int j = 0; j < kVector; j++) {
-        if (n0 + n + j < p.n) to[j] = out.values[j];
-      }
-    }
-  }
+  store_tile<kRows, kOutputs, 128 * kConsumers>(tile, y, m0, n0, p.m, p.n);
 }
