@@ -62,6 +62,7 @@ def cuda_include() -> str:
 
 def extension() -> CppExtension:
     compile_args = [
+        "-std=c++20",  # which torch before 2.13 does not ask for
         "-O3",
         "-g0",
         "-fvisibility=hidden",
@@ -130,7 +131,7 @@ def check_compiler(command: list[str]) -> None:
         source.write_text(
             "#include <optional>\nint main() { return std::optional<int>(0).value(); }\n"
         )
-        arguments = [*command, "-std=c++17", str(source), "-o", f"{folder}/probe"]
+        arguments = [*command, "-std=c++20", str(source), "-o", f"{folder}/probe"]
         try:
             found = subprocess.run(arguments, capture_output=True, text=True)
             reason = found.stderr.strip() if found.returncode else ""
