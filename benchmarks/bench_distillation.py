@@ -28,8 +28,8 @@ from torch import Tensor, nn
 import torch_onebit
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "examples")]
-import pages
-import smollm2
+import pages  # noqa: E402
+import smollm2  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "distillation.json"
@@ -56,6 +56,7 @@ class Run:
         model, _ = smollm2.load(args.folder)
         del model.model.layers[args.layers :]
         model.config.num_hidden_layers = args.layers
+        model.config.use_cache = False  # training has none; one graph would not serve all layers
         self.teacher = model.to(self.device).requires_grad_(False)
         self.rows: dict[str, dict] = {}
         if args.output.exists():
@@ -164,26 +165,20 @@ def train(run: Run, student: nn.Module, seconds: float, rate: float) -> dict[str
             "loss": last, "rate": rate}  # fmt: skip
 
 
-def distill(run: Run, name: str, student: nn.Module, seconds: float) -> None:
-    """Train with the best of the rates, pack, record."""
+def distill(run: Run, student: nn.Module, seconds: float) -> dict[str, float]:
+    """Train in place, at the best of the rates."""
+    train(run, compiled_copy(student), 1, RATES[0])
+    probes = [train(run, compiled_copy(student), seconds * PROBE, rate) for rate in RATES]
+    print("probes", probes, flush=True)
     for layer in student.model.layers:
-        layer.compile()  # one graph serves all layers
-    train(run, copy_compiled(student), 1, RATES[0])  # compiles
-    probes = [
-        train(run, copy_compiled(student), seconds * PROBE, r) for r in RATES
-    ]
-    print(name, "probes", probes, flush=True)
-    best = min(probes, key=lambda p: p["loss"])["rate"]
-    start = time.perf_counter()
-    trained = train(run, student, seconds, best)
-    torch_onebit.convert_(student, progress=False)
-    run.record(name, student, time.perf_counter() - start, **trained)
+        layer.compile()
+    return train(run, student, seconds, min(probes, key=lambda p: p["loss"])["rate"])
 
 
-def copy_compiled(model: nn.Module) -> nn.Module:
+def compiled_copy(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     for layer in model.model.layers:
-        layer.compile()
+        layer.compile()  # one graph serves all of them
     return model
 
 
@@ -213,7 +208,9 @@ def levels_lora(run: Run) -> None:
     model.requires_grad_(False)
     torch_onebit.thaw_levels_(model)
     torch_onebit.thaw_lora_(model)
-    distill(run, "calibrated, levels + LoRA 8, distilled", model, run.args.minutes * 60 / 4)
+    seconds = run.args.minutes * 60 / 4
+    trained = distill(run, model, seconds)
+    run.record("calibrated, levels + LoRA 8, distilled", model, seconds, **trained)
 
 
 def qat(run: Run) -> None:
@@ -221,7 +218,10 @@ def qat(run: Run) -> None:
     model = copy.deepcopy(run.teacher)
     torch_onebit.load_checkpoint(run.args.folder / "calibrated", model, progress=False)
     torch_onebit.prepare_qat_(model.requires_grad_(True), progress=False, skip=smollm2.KEPT)
-    distill(run, "calibrated, QAT, distilled", model, run.args.minutes * 60)
+    seconds = run.args.minutes * 60
+    trained = distill(run, model, seconds)
+    torch_onebit.convert_(model, progress=False)
+    run.record("calibrated, QAT, distilled", model, seconds, **trained)
 
 
 SECTIONS = {f.__name__: f for f in (teacher, plain, calibrated, levels_lora, qat)}

@@ -28,7 +28,9 @@ HELD_OUT = 32
 def of_page(source: str) -> str:
     """What a page of HTML says, a paragraph to a block."""
     source = re.sub(r"(?is)<(script|style|head|nav|footer)\b.*?</\1>", " ", source)
-    source = re.sub(r"(?i)</?(p|li|ul|ol|table|tr|h\d|div|pre|dt|dd|section)\b[^>]*>", "\n\n", source)
+    source = re.sub(
+        r"(?i)</?(p|li|ul|ol|table|tr|h\d|div|pre|dt|dd|section)\b[^>]*>", "\n\n", source
+    )
     return html.unescape(re.sub(r"<[^>]*>", "", source))
 
 
@@ -111,7 +113,9 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = smollm2.load_tokenizer(args.model)
     tokens = {}
-    for name, texts in zip(("train", "held_out"), split(list(documents(args.folders))), strict=True):
+    for name, texts in zip(
+        ("train", "held_out"), split(list(documents(args.folders))), strict=True
+    ):
         ends = tokenizer.eos_token_id
         ids = tokenizer(texts).input_ids
         tokens[name] = np.concatenate([np.array([*row, ends], dtype=np.uint16) for row in ids])
