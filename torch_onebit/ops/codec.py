@@ -9,10 +9,10 @@ from torch_onebit.ops.batching import Dims, front, stack_all
 
 
 def quantize(w: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize to 1 bit by MLX's min/max rule: exact for weights that already take two values.
+    """Quantize to 1 bit by MLX's min/max rule, which is poor for real-valued weights.
 
-    Per group ``scale = max - min``, ``bias = min`` and ``bit = w - min > scale / 2``. For
-    real-valued weights this rule is poor; see ``torch_onebit.quantize_``.
+    Per group ``scale = max - min``, ``bias = min`` and ``bit = w - min > scale / 2``: exact for
+    weights that already take two values. For others see ``torch_onebit.quantize_``.
 
     Args:
         w: ``[..., k]``, float32, float16, bfloat16 or float64; k a multiple of ``group_size``.
