@@ -19,34 +19,51 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 ops = torch.ops.onebit
 
-PRODUCTS = {  # how x, packed and indices are shaped; None where there is no index
-    "matrix": ((5, 64), (8, 2), None),
-    "batch": ((3, 5, 64), (3, 8, 2), None),
-    "gathered": ((4, 5, 64), (3, 8, 2), [2, 0, 0, 1]),
+TRACED = {  # operator, shape of x, of packed, indices or None, transpose
+    "matrix": ("qmm", (5, 64), (8, 2), None, True),
+    "batch": ("qmm", (3, 5, 64), (3, 8, 2), None, True),
+    "gathered": ("gather_qmm", (4, 5, 64), (3, 8, 2), [2, 0, 0, 1], True),
+    "gradient of levels": ("affine_grad", (5, 64), (8, 2), None, True),
+    "of a batch, the other way": ("affine_grad", (3, 5, 8), (3, 8, 2), None, False),
+    "of gathered matrices": ("affine_grad", (4, 5, 64), (3, 8, 2), [2, 0, 0, 1], True),
+    "all rows decoded": ("dequantize", None, (8, 2), None, True),
+    "rows decoded": ("embedding", None, (8, 2), [7, 0, 0], True),
 }
 
 
-def product_of(x_shape, packed_shape, indices, device="cpu"):
-    """A call of qmm or gather_qmm and its arguments."""
-    x = torch.randn(x_shape, device=device)
+def call_of(op, x_shape, packed_shape, indices, transpose, device="cpu"):
+    """A call of the operator and its arguments."""
     packed = torch.randint(-(2**31), 2**31, packed_shape, dtype=torch.int32, device=device)
     scales = torch.randn(*packed_shape[:-1], 1, device=device)
-    if indices is None:
-        return lambda *a: ops.qmm(*a, 64), [x, packed, scales, scales - 1]
-    rhs = torch.tensor(indices, device=device)
-    return lambda *a: ops.gather_qmm(*a[:4], None, a[4], 64), [x, packed, scales, scales - 1, rhs]
+    index = None if indices is None else torch.tensor(indices, device=device)
+    weights = [packed, scales, scales - 1]
+    if op == "dequantize":
+        return lambda *a: ops.dequantize(*a, 64), weights
+    if op == "embedding":
+        return lambda *a: ops.embedding(*a, 64), [index, *weights]
+    x = torch.randn(x_shape, device=device)
+    if op == "affine_grad":
+        outputs = packed_shape[-2] if transpose else packed_shape[-1] * 32
+        grad = torch.randn(*x_shape[:-1], outputs, device=device)
+        pair = [grad.double(), x.double(), packed]  # no order of sums shows
+        if index is None:
+            return lambda *a: ops.affine_grad(*a, None, None, 64, transpose), pair
+        return lambda *a: ops.affine_grad(*a[:3], None, a[3], 64, transpose), [*pair, index]
+    if op == "qmm":
+        return lambda *a: ops.qmm(*a, 64), [x, *weights]
+    return lambda *a: ops.gather_qmm(*a[:4], None, a[4], 64), [x, *weights, index]
 
 
 def traced(case, device):
-    """The graph of a product on a device that need not be there."""
+    """The graph of an operator on a device that need not be there."""
     with FakeTensorMode(shape_env=ShapeEnv()):
-        call, arguments = product_of(*PRODUCTS[case], device)
+        call, arguments = call_of(*TRACED[case], device)
         return make_fx(call, tracing_mode="symbolic", pre_dispatch=False)(*arguments)
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("case", PRODUCTS)
-def test_compilers_see_what_a_product_is_made_of_where_there_are_no_kernels(case):
+@pytest.mark.parametrize("case", TRACED)
+def test_compilers_see_what_an_operator_is_made_of_where_there_are_no_kernels(case):
     """To fuse it; and hear no warning, for then nothing is slow."""
     kernels = {str(node.target) for node in traced(case, "cpu").graph.nodes}
     assert any("onebit" in name for name in kernels)
@@ -56,7 +73,7 @@ def test_compilers_see_what_a_product_is_made_of_where_there_are_no_kernels(case
         if "device" in node.kwargs:
             node.update_kwarg("device", torch.device("cpu"))
     graph.recompile()
-    call, arguments = product_of(*PRODUCTS[case])
+    call, arguments = call_of(*TRACED[case])
     torch.testing.assert_close(graph(*arguments), call(*arguments))
 
 

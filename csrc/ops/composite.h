@@ -23,7 +23,7 @@ inline bool is_traced(const Tensor& t) {
 
 // [..., k] to [..., k / size, size]; a size of -1 would be ambiguous where t is empty.
 inline Tensor split_last(const Tensor& t, int64_t size) {
-  return t.unflatten(-1, {t.size(-1) / size, size});
+  return t.unflatten_symint(-1, {t.sym_size(-1) / size, size});
 }
 // [..., a, b] to [matrices, a, b].
 inline Tensor as_matrices(const Tensor& t) {

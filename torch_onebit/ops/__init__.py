@@ -9,9 +9,8 @@ A module has the operators of one kind, and for each what PyTorch asks of it: a 
 """
 
 import torch
-from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
-from torch_onebit.ops import codec, levels, levels_composite, product
+from torch_onebit.ops import codec, levels, levels_composite, product, tracing
 from torch_onebit.ops.codec import dequantize, embedding, quantize
 from torch_onebit.ops.levels import (
     RULES,
@@ -66,7 +65,5 @@ def register() -> None:
     for module in (product, codec, levels):
         for name, rule in module.VMAP_RULES.items():
             torch.library.register_vmap(f"onebit::{name}", rule)
-    for name in ("qmm", "gather_qmm"):
-        rule = product.fuse_where_there_are_no_kernels
-        torch.library.register_torch_dispatch(f"onebit::{name}", ProxyTorchDispatchMode, rule)
+    tracing.register()
     levels_composite.register()

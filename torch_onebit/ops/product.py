@@ -4,8 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
 from torch_onebit.ops.batching import Dims, front, pad, stack_all
 
@@ -335,18 +333,6 @@ def _unprepack(
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     each = [torch.ops.onebit.unprepack(t.contiguous(), *form) for t in front(prepacked, in_dims[0])]
     return tuple(map(torch.stack, zip(*each, strict=True))), (0, 0, 0)
-
-
-def fuse_where_there_are_no_kernels(
-    mode: ProxyTorchDispatchMode, op: OpOverload, types: Any, args: Any, kwargs: Any
-) -> Any:
-    """How a product enters a graph: as one call, and on a device without kernels as what it is made
-    of, which the compiler fuses."""
-    key = torch._C._parse_dispatch_key(torch._C._dispatch_key_for_device(args[0].device.type))
-    if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key):
-        return mode.__torch_dispatch__(op, types, args, kwargs)
-    with mode:
-        return op.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
 
 
 # An operator stays one call, whatever of it is batched; but there is no stack of prepacked weights.

@@ -42,8 +42,9 @@ Quantized quantize_composite(const Quantize& o) {
           low.squeeze(-1).to(w.scalar_type())};
 }
 
+// Sizes may be symbols: compilers trace through it.
 Tensor decode_composite(const Coded& o) {
-  const auto sizes = check_decode<int64_t>(o);
+  const auto sizes = check_decode<c10::SymInt>(o);
   const auto type = o.scales.scalar_type();
   if (!o.indices) {
     ONEBIT_WARN_SLOW("dequantize", o.packed);
@@ -54,7 +55,7 @@ Tensor decode_composite(const Coded& o) {
   const auto rows = o.indices->reshape(-1);
   const auto pick = [&](const Tensor& t) { return t.index_select(0, rows); };
   const auto biases = o.biases ? OptionalTensor(pick(*o.biases)) : std::nullopt;
-  return decode(pick(words), pick(o.scales), biases, o.group_size, type).reshape(sizes);
+  return decode(pick(words), pick(o.scales), biases, o.group_size, type).reshape_symint(sizes);
 }
 
 }  // namespace

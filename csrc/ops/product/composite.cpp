@@ -40,7 +40,7 @@ Tensor product_composite(const Operands& o) {
 }
 
 LevelGrads affine_grad_composite(const AffineGrad& o) {
-  const auto shape = check_affine_grad<int64_t>(o);
+  const auto shape = check_affine_grad<c10::SymInt>(o);
   const Tensor &grad = o.grad, &x = o.x, &packed = o.packed;
   const auto &lhs_indices = o.lhs_indices, &rhs_indices = o.rhs_indices;
   ONEBIT_WARN_SLOW("affine_grad", x);
@@ -57,15 +57,15 @@ LevelGrads affine_grad_composite(const AffineGrad& o) {
   const auto bits = bits_of(packed, type);
   const auto sum_groups = [&](const Tensor& t) { return split_last(t, o.group_size).sum(-1); };
   if (!rhs_indices) {
-    const auto all = at::sum_to(dense, bits.sizes());
+    const auto all = at::sum_to(dense, bits.sym_sizes());
     return {sum_groups(all * bits), sum_groups(all)};
   }
   const auto matrices = as_matrices(bits);
   auto batch = shape.batch;
-  batch.insert(batch.end(), {bits.size(-2), bits.size(-1)});
-  const auto each = as_matrices(dense.expand(batch));
-  const auto index = rhs_indices->expand(at::IntArrayRef(shape.batch)).flatten().to(at::kLong);
-  const auto all = at::zeros_like(matrices).index_add(0, index, each).reshape(bits.sizes());
+  batch.insert(batch.end(), {bits.sym_size(-2), bits.sym_size(-1)});
+  const auto each = as_matrices(dense.expand_symint(batch));
+  const auto index = rhs_indices->expand_symint(shape.batch).flatten().to(at::kLong);
+  const auto all = at::zeros_like(matrices).index_add(0, index, each).reshape_symint(bits.sym_sizes());
   return {sum_groups(all * bits), sum_groups(all)};
 }
 
