@@ -36,11 +36,11 @@ check-cuda:
 	    --error-exitcode 1 $(PYTHON) tests/cuda/every_kernel.py || exit 1; \
 	done; done
 
-# The CPU kernels and their threads alone, without torch: every table of this machine against the scalar one, buffers
+# The CPU kernels alone, without torch: every table of this machine against the scalar one, buffers
 # ending at pages that may not be touched. The same under the sanitizers, and for 64-bit ARM in an
 # emulator (Debian: g++-aarch64-linux-gnu qemu-user).
-KERNELS := $(wildcard csrc/cpu/pool.cpp csrc/cpu/kernels/*.cpp csrc/cpu/kernels/*/*.cpp tests/cpp/*.cpp)
-KERNEL_FLAGS := -std=c++20 -Wall -Wextra -pthread
+KERNELS := $(wildcard csrc/cpu/kernels/*.cpp csrc/cpu/kernels/*/*.cpp tests/cpp/*.cpp)
+KERNEL_FLAGS := -std=c++17 -Wall -Wextra -pthread
 # AVX-512 is emulated where the machine has none: its tables are sanitised everywhere. Without
 # optimisation, which would take minutes for the emulation.
 EMULATE := $(if $(filter x86_64,$(shell uname -m)),$(if $(shell grep -m 1 -o avx512bw /proc/cpuinfo),,\
@@ -52,7 +52,7 @@ TSAN := -O1 -g -fsanitize=thread
 test-kernels: build/test_kernels
 	build/test_kernels
 
-build/test_kernels: $(KERNELS) $(wildcard csrc/cpu/pool.h csrc/cpu/kernels/*.h csrc/cpu/kernels/*/*.h csrc/*.h tests/cpp/*.h)
+build/test_kernels: $(KERNELS) $(wildcard csrc/cpu/kernels/*.h csrc/cpu/kernels/*/*.h csrc/*.h tests/cpp/*.h)
 	mkdir -p build
 	$(CXX) $(KERNEL_FLAGS) -O1 $(KERNELS) -o $@
 

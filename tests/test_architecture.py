@@ -43,7 +43,6 @@ HEADERS = {
     "csrc/cuda/launch_plan.h": (r"torch|ATen|c10|cuda|string$", "plans are plain C++"),
     "csrc/cuda/kernels/*": (r".", "NVRTC has no headers"),
     "csrc/cpu/kernels/**/*": (r"torch|ATen|c10", "kernels compile without torch"),
-    "csrc/cpu/pool.*": (r"torch|ATen|c10", "threads are tested without torch"),
     "csrc/**/*": (r"torch/extension\.h|ATen/ATen\.h|torch/all\.h", "narrow headers only"),
 }
 # Python files: names they must not use, why

@@ -15,7 +15,7 @@ constexpr int64_t kValuesPerTask = 1 << 16;
 
 template <class F>
 void for_groups(const LevelOperands& o, const F& f) {
-  in_parallel(o.w.numel() / o.group_size, kValuesPerTask / o.group_size, f);
+  in_parallel(0, o.w.numel() / o.group_size, kValuesPerTask / o.group_size, f);
 }
 
 // The operands as contiguous tensors, which they keep alive for the kernels.
@@ -139,7 +139,7 @@ Tensor flip_bits_cpu(const FlipBits& o) {
     const auto* moment = square.template const_data_ptr<Real>();
     auto* errors = local.template mutable_data_ptr<Real>();
     auto* change = changes.template mutable_data_ptr<Real>();
-    in_parallel(n, 16, [&](int64_t first, int64_t last) {
+    in_parallel(0, n, 16, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
         flip_row(flags + r * k, scale + r * (k / o.group_size), moment, errors + r * width,
                  change + r * width, k, o.begin, o.end, o.group_size);
@@ -165,7 +165,7 @@ Tensor descend_cpu(const Descend& o) {
                          k,
                          int(o.group_size),
                          o.sweeps};
-  in_parallel(n, 32,
+  in_parallel(0, n, 32,
               [&](int64_t begin, int64_t end) { kernels().levels->descend(args, begin, end); });
   return flips;
 }

@@ -72,13 +72,13 @@ void add_products_cpu(const AddProducts& o, Below<void> below) {
   auto* pairs = static_cast<at::BFloat16*>(packed.mutable_data_ptr());
   for (int64_t begin = 0; begin < m; begin += kRows) {
     const int64_t count = std::min(kRows, m - begin), padded = tiles(count) * kTile;
-    in_parallel(tiles(k), 1, [&](int64_t first, int64_t last) {
+    in_parallel(0, tiles(k), 1, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) {
         pack_pairs(columns + begin * k + t * kTile, k, count, std::min(kTile, k - t * kTile),
                    reinterpret_cast<uint16_t*>(pairs + t * tile_values));
       }
     });
-    in_parallel(tiles(n), 1, [&](int64_t first, int64_t last) {
+    in_parallel(0, tiles(n), 1, [&](int64_t first, int64_t last) {
       const auto buffer = at::empty({tile_values + kTile * kSkew}, right.options());
       auto* tile = static_cast<at::BFloat16*>(buffer.mutable_data_ptr());
       for (int64_t i = first; i < last; ++i) {

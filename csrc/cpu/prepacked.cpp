@@ -10,6 +10,7 @@
 #include "../ops/product/operands.h"
 #include "../ops/product/prepacked.h"
 #include "parallel.h"
+#include "tasks.h"
 #include "tensors.h"
 
 namespace onebit::cpu {
@@ -25,7 +26,7 @@ Tensor prepack_cpu(const Prepack& o) {
   char* data = static_cast<char*>(out.mutable_data_ptr());
   const PrepackedHeader header(w, o.biases.has_value());
   std::memcpy(data, &header, sizeof header);
-  in_parallel(w.rows, kRowsPerTask,
+  in_parallel(0, w.rows, kRowsPerTask,
               [&](int64_t begin, int64_t end) { prepack(w, data, begin, end); });
   return out;
 }
@@ -68,7 +69,7 @@ Canonical unprepack_cpu(const Unprepack& p) {
   const auto bytes = [](const Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); };
   const CanonicalBytes<char> out{bytes(packed), bytes(scales), bytes(biases)};
   const char* data = static_cast<const char*>(p.bytes.const_data_ptr());
-  in_parallel(p.rows, kRowsPerTask,
+  in_parallel(0, p.rows, kRowsPerTask,
               [&](int64_t begin, int64_t end) { unprepack(w, data, out, begin, end); });
   return {packed, scales, biases};
 }
@@ -101,18 +102,17 @@ Tensor qmm_prepacked_cpu(const QmmPrepacked& o) {
   const int64_t tiles = ceil_div(n, kTile), row_tiles = ceil_div(m, table.m_tile);
   const int64_t parts = std::min(ceil_div(at::get_num_threads(), tiles), row_tiles);
   const int64_t step = ceil_div(row_tiles, parts) * table.m_tile;
-  const int64_t grain = ceil_div(kMacsPerThread, kTile * k * std::min(step, m));
-  in_parallel(ceil_div(m, step) * tiles, grain, least_tiles(std::min(step, m), tiles, kTile),
-              [&](int64_t begin, int64_t end) {
-                while (begin < end) {
-                  const int64_t part = begin / tiles, first = begin % tiles;
-                  const int64_t last = std::min(tiles, first + end - begin);
-                  table.qmm_prepacked(args, data,
-                                      {part * step, std::min((part + 1) * step, m), first * kTile,
-                                       std::min(last * kTile, n)});
-                  begin += last - first;
-                }
-              });
+  const int64_t grain = ceil_div(kMacsPerTask, kTile * k * std::min(step, m));
+  in_parallel(0, ceil_div(m, step) * tiles, grain, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t part = begin / tiles, first = begin % tiles;
+      const int64_t last = std::min(tiles, first + end - begin);
+      table.qmm_prepacked(
+          args, data,
+          {part * step, std::min((part + 1) * step, m), first * kTile, std::min(last * kTile, n)});
+      begin += last - first;
+    }
+  });
   return y;
 }
 

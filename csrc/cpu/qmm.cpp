@@ -10,6 +10,7 @@
 #include "../ops/product/batch_indices.h"
 #include "indices.h"
 #include "parallel.h"
+#include "tasks.h"
 #include "tensors.h"
 
 namespace onebit::cpu {
@@ -97,33 +98,31 @@ Tensor product_cpu(const Operands& o) {
   const auto pieces = split_rows(plan.products, tiles, table.m_tile);
   int64_t tasks = 0;  // a task: one row of x times one tile of columns
   for (const auto& p : pieces) tasks += (p.m_end - p.m_begin) * tiles;
-  const int64_t grain = ceil_div(kMacsPerThread, std::max<int64_t>(n_tile * shape.k, 1));
-  const int64_t rows = ceil_div(tasks, tiles * int64_t(pieces.size()));
-  in_parallel(
-      tasks, grain, rows * least_tiles(rows, tiles, n_tile), [&](int64_t begin, int64_t end) {
-        int64_t first_task = 0;  // of the piece
-        for (const auto& p : pieces) {
-          // A tile goes to the thread that has its first task; no thread's tile is split.
-          const int64_t rows = p.m_end - p.m_begin;
-          const int64_t first = std::clamp<int64_t>(ceil_div(begin - first_task, rows), 0, tiles);
-          const int64_t last = std::clamp<int64_t>(ceil_div(end - first_task, rows), 0, tiles);
-          first_task += rows * tiles;
-          if (first >= last) continue;
-          QmmArgs args{values.const_data_ptr(),
-                       y.mutable_data_ptr(),
-                       dtype_of(x),
-                       p.last - p.first,
-                       shape.n,
-                       shape.k,
-                       weights.matrix(p.matrix, transpose ? shape.n : shape.k)};
-          if (!plan.x_rows.empty()) {
-            args.x_rows = plan.x_rows.data() + p.first;
-            args.y_rows = plan.y_rows.data() + p.first;
-          }
-          run(args, {p.m_begin - p.first, p.m_end - p.first, first * n_tile,
-                     std::min(last * n_tile, shape.n)});
-        }
-      });
+  const int64_t grain = ceil_div(kMacsPerTask, std::max<int64_t>(n_tile * shape.k, 1));
+  in_parallel(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    int64_t first_task = 0;  // of the piece
+    for (const auto& p : pieces) {
+      // A tile goes to the thread that has its first task; no thread's tile is split.
+      const int64_t rows = p.m_end - p.m_begin;
+      const int64_t first = std::clamp<int64_t>(ceil_div(begin - first_task, rows), 0, tiles);
+      const int64_t last = std::clamp<int64_t>(ceil_div(end - first_task, rows), 0, tiles);
+      first_task += rows * tiles;
+      if (first >= last) continue;
+      QmmArgs args{values.const_data_ptr(),
+                   y.mutable_data_ptr(),
+                   dtype_of(x),
+                   p.last - p.first,
+                   shape.n,
+                   shape.k,
+                   weights.matrix(p.matrix, transpose ? shape.n : shape.k)};
+      if (!plan.x_rows.empty()) {
+        args.x_rows = plan.x_rows.data() + p.first;
+        args.y_rows = plan.y_rows.data() + p.first;
+      }
+      run(args, {p.m_begin - p.first, p.m_end - p.first, first * n_tile,
+                 std::min(last * n_tile, shape.n)});
+    }
+  });
   return y;
 }
 
@@ -148,7 +147,7 @@ LevelGrads affine_grad_cpu(const AffineGrad& o) {
   auto* scales_data = static_cast<char*>(grad_scales.mutable_data_ptr());
   auto* biases_data = static_cast<char*>(grad_biases.mutable_data_ptr());
   const int64_t macs = std::max<int64_t>(shape.m * word_count * kWordBits, 1);
-  in_parallel(rows, ceil_div(kMacsPerThread, macs), [&](int64_t begin, int64_t end) {
+  in_parallel(0, rows, ceil_div(kMacsPerTask, macs), [&](int64_t begin, int64_t end) {
     for (size_t b = 0; b < batches.x_index.size();
          ++b) {  // in order: sums do not depend on threads
       const int64_t w = batches.w_index[b];

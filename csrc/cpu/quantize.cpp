@@ -23,7 +23,7 @@ Quantized quantize_cpu(const Quantize& o) {
   auto biases = at::empty(shape.scales, w.options());
   const auto values = w.contiguous();
   const auto& table = kernels();
-  in_parallel(scales.numel(), kValuesPerTask / group_size, [&](int64_t begin, int64_t end) {
+  in_parallel(0, scales.numel(), kValuesPerTask / group_size, [&](int64_t begin, int64_t end) {
     table.quantize(values.const_data_ptr(), dtype_of(values), int(group_size),
                    static_cast<uint32_t*>(packed.mutable_data_ptr()), scales.mutable_data_ptr(),
                    biases.mutable_data_ptr(), begin, end);
@@ -43,15 +43,16 @@ Tensor decode_cpu(const Coded& o) {
   auto* bytes = static_cast<char*>(out.mutable_data_ptr());
   if (!o.indices) {
     const int64_t group_bytes = o.group_size * out.element_size();
-    in_parallel(o.scales.numel(), kValuesPerTask / o.group_size, [&](int64_t begin, int64_t end) {
-      table.dequantize(matrix, bytes + begin * group_bytes, begin, end);
-    });
+    in_parallel(0, o.scales.numel(), kValuesPerTask / o.group_size,
+                [&](int64_t begin, int64_t end) {
+                  table.dequantize(matrix, bytes + begin * group_bytes, begin, end);
+                });
     return out;
   }
   const int64_t groups = matrix.columns / o.group_size;
   const int64_t row_bytes = matrix.columns * out.element_size();
   const int64_t rows_per_task = kValuesPerTask / std::max<int64_t>(matrix.columns, 1) + 1;
-  in_parallel(int64_t(rows.size()), rows_per_task, [&](int64_t begin, int64_t end) {
+  in_parallel(0, int64_t(rows.size()), rows_per_task, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       table.dequantize(matrix, bytes + i * row_bytes, rows[i] * groups, (rows[i] + 1) * groups);
     }

@@ -11,7 +11,6 @@
 #include "../../csrc/cpu/kernels/prepacked.h"
 #include "guarded.h"
 #include "test_levels.h"
-#include "test_pool.h"
 
 namespace {
 
@@ -229,8 +228,6 @@ void test_codec(const Kernels& table, DType dtype, int group_size) {
 }  // namespace
 
 int main() {
-  test_pool();
-  std::printf("%-8s %s\n", "pool", failures == 0 ? "ok" : "FAILED");
   int count = 0;
   const auto* tables = available_kernels(&count);
   for (int i = 0; i < count; ++i) {

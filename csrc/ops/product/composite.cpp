@@ -65,7 +65,8 @@ LevelGrads affine_grad_composite(const AffineGrad& o) {
   batch.insert(batch.end(), {bits.sym_size(-2), bits.sym_size(-1)});
   const auto each = as_matrices(dense.expand_symint(batch));
   const auto index = rhs_indices->expand_symint(shape.batch).flatten().to(at::kLong);
-  const auto all = at::zeros_like(matrices).index_add(0, index, each).reshape_symint(bits.sym_sizes());
+  const auto all =
+      at::zeros_like(matrices).index_add(0, index, each).reshape_symint(bits.sym_sizes());
   return {sum_groups(all * bits), sum_groups(all)};
 }
 
