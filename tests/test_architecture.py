@@ -11,7 +11,7 @@ ISAS = [p.name for p in sorted((ROOT / "csrc/cpu/kernels").iterdir()) if p.is_di
 BACKENDS = [
     p.name
     for p in sorted((ROOT / "csrc").iterdir())
-    if p.is_dir() and p.name not in ("ops", "bench")
+    if p.is_dir() and p.name not in ("ops", "bench", "__pycache__")
 ]
 
 # a room of the C++ house: the rooms besides itself whose headers it may include
@@ -63,7 +63,8 @@ def includes(path: Path) -> tuple[list[str], list[str]]:
 
 
 def files_of(pattern: str) -> list[Path]:
-    return [p for p in sorted(ROOT.glob(pattern)) if p.is_file() and p.suffix not in (".py", "")]
+    other = (".py", ".pyc", "")
+    return [p for p in sorted(ROOT.glob(pattern)) if p.is_file() and p.suffix not in other]
 
 
 def room_of(path: Path) -> str | None:

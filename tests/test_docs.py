@@ -77,7 +77,7 @@ def source_texts() -> str:
     files = [
         ROOT / "setup.py",
         *(ROOT / "torch_onebit").rglob("*.py"),
-        *(ROOT / "csrc").rglob("*.*"),
+        *(p for p in (ROOT / "csrc").rglob("*.*") if p.suffix != ".pyc"),
     ]
     text = "\n".join(path.read_text() for path in files)
     return re.sub(r'"\s*f?"', "", re.sub(r'\\n"\s*f?"', " ", text))

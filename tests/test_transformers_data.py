@@ -25,6 +25,7 @@ transformers = pytest.importorskip("transformers")
 from torch_onebit.transformers import OneBitConfig, attach_quantizer_  # noqa: E402
 
 Encoding = transformers.BatchEncoding
+ALL = {"group_size": 32, "skip": []}  # heads too
 IDS = [torch.randint(0, 80, (2, 12), generator=torch.Generator().manual_seed(i)) for i in range(3)]
 MASKED = [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in IDS]
 ROWS = [{name: t[row] for name, t in batch.items()} for batch in MASKED for row in range(2)]
@@ -47,10 +48,8 @@ def named(model: nn.Module, kind: type) -> set[str]:
 def test_calibrate_takes_batches_of_ids_and_finds_the_blocks(batches):
     torch.manual_seed(0)
     model = build("llama")
-    expected = report(
-        calibrate_(copy.deepcopy(model), [{"input_ids": i} for i in IDS], group_size=32)
-    )
-    found = report(calibrate_(model, batches, group_size=32))
+    expected = report(calibrate_(copy.deepcopy(model), [{"input_ids": i} for i in IDS], **ALL))
+    found = report(calibrate_(model, batches, **ALL))
     assert found.calibration.chains == expected.calibration.chains == ("model.layers",)
     assert len(found.layers) == 16
     errors = [[row.output_error or 0 for row in r.layers] for r in (found, expected)]
@@ -58,9 +57,7 @@ def test_calibrate_takes_batches_of_ids_and_finds_the_blocks(batches):
 
 
 def test_a_batch_may_ask_for_a_cache():
-    found = report(
-        calibrate_(build("llama"), [{"input_ids": IDS[0], "use_cache": True}], group_size=32)
-    )
+    found = report(calibrate_(build("llama"), [{"input_ids": IDS[0], "use_cache": True}], **ALL))
     assert found.calibration.chains == ()
     assert len(found.layers) == 16
 
@@ -88,14 +85,14 @@ def make(kind: str, auto: str, sizes: dict) -> nn.Module:
 @pytest.mark.parametrize("kind, auto, sizes, chains, tied", KINDS, ids=[k[0] for k in KINDS])
 def test_calibrated_models_keep_ties_and_are_saved(kind, auto, sizes, chains, tied, tmp_path):
     model = make(kind, auto, sizes)
-    found = report(calibrate_(model, MASKED, group_size=32))
+    found = report(calibrate_(model, MASKED, **ALL))
     assert list(found.calibration.chains) == chains
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     assert isinstance(head, OneBitLinear)
     assert isinstance(embedding, OneBitEmbedding)
     assert (head.weight is embedding.weight) == tied
     left = [row for row in report(model).left if row.name.endswith("_proj")]
-    assert {row.reason for row in left} <= {"experts: only quantize_ takes them"}
+    assert {row.reason for row in left} <= {"experts: quantize_ and prepare_qat_ take them"}
     quantize_(model, group_size=32, filter_fn=lambda m, name: "experts" in name) if left else None
     logits = model(**MASKED[0]).logits
     attach_quantizer_(model).save_pretrained(tmp_path)
@@ -108,7 +105,7 @@ def test_gpt2_is_quantized_on_load_as_in_memory(tmp_path):
     model.save_pretrained(tmp_path)
     config = OneBitConfig(group_size=32, modules_to_not_convert=[])
     loaded = type(model).from_pretrained(tmp_path, quantization_config=config)
-    expected = quantize_(model, group_size=32)
+    expected = quantize_(model, **ALL)
     assert_same(loaded, expected)
     save_checkpoint(loaded, tmp_path / "onebit")
     assert_same(load_checkpoint(tmp_path / "onebit"), expected)
@@ -123,7 +120,7 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     "kind, auto, sizes, chains, tied", KINDS[1:4], ids=[k[0] for k in KINDS[1:4]]
 )
 def test_qat_trains_ties_included_and_is_saved(kind, auto, sizes, chains, tied, tmp_path):
-    model = prepare_qat_(make(kind, auto, sizes).train(), group_size=32)
+    model = prepare_qat_(make(kind, auto, sizes).train(), **ALL)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     assert head.weight is embedding.weight
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
