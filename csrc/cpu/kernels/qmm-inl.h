@@ -293,8 +293,8 @@ __attribute__((noinline)) void add_plain(
   }
 }
 
-// y[kM, tile t] += what fixed point has lost of a group's small values, where levels are not the
-// usual ones: it is all that counts where the others meet a level of 0.
+// y[kM, tile t] += what fixed point has lost of a group's small values, where one level is 64 times
+// the other or more: it may be all that counts where the others meet a level of 0.
 template <class L, int kM, int kWords, class Panel>
 __attribute__((noinline)) void add_lost(const Activations& x,
                                         int64_t m,
@@ -306,7 +306,11 @@ __attribute__((noinline)) void add_lost(const Activations& x,
   constexpr int kCount = 32 * kWords;
   uint32_t unusual = 0;
   for (int r = 0; r < L::kVectors; ++r) {
-    if (!Levels<L>(w.scale(t, r), w.bias(t, r)).are_usual()) unusual |= 1u << r;
+    const auto low = L::abs(w.bias(t, r)), high = L::abs(L::add(w.scale(t, r), w.bias(t, r)));
+    const auto far = L::set(64);
+    if (L::greater_bits(low, L::mul(high, far)) | L::greater_bits(high, L::mul(low, far))) {
+      unusual |= 1u << r;
+    }
   }
   if (unusual == 0) return;
   const auto tolerance = L::set(2 * tolerance_of(x.dtype));
