@@ -50,9 +50,7 @@ class OneBitExperts(NotScriptable, nn.Module):
                     f"{name} must have shape {list(shape)}, got {list(shape_of(stack))}"
                 )
             setattr(self, name, stack)
-        shell = copy.copy(experts)  # computes the gate; ``to_experts`` fills it again
-        shell._parameters = dict.fromkeys(experts._parameters)
-        self._shell = (shell,)  # no submodule: who walks over modules would look for its weights
+        self._shell = (shell_of(experts),)  # no submodule: who walks would look for its weights
         self.train(experts.training)
 
     @property
@@ -118,9 +116,19 @@ class OneBitExperts(NotScriptable, nn.Module):
         """The float module again, of the dequantized weights."""
         stacks = (self.gate_proj, self.up_proj, self.down_proj)
         gate, up, down = (stack.dequantize().detach() for stack in stacks)
-        experts = copy.copy(self._shell[0])
-        experts._parameters = {
-            "gate_up_proj": nn.Parameter(torch.cat([gate, up], 1)),
-            "down_proj": nn.Parameter(down),
-        }
-        return experts.train(self.training)
+        weights = nn.Parameter(torch.cat([gate, up], 1)), nn.Parameter(down)
+        return filled(self._shell[0], *weights).train(self.training)
+
+
+def shell_of(experts: nn.Module) -> nn.Module:
+    """The float module that experts are, or were, without its weights: it computes the gate."""
+    shell = copy.copy(experts._shell[0] if isinstance(experts, OneBitExperts) else experts)
+    shell._parameters = dict.fromkeys(shell._parameters)
+    return shell
+
+
+def filled(shell: nn.Module, gate_up_proj: nn.Parameter, down_proj: nn.Parameter) -> nn.Module:
+    """The float module of a shell and these weights."""
+    experts = copy.copy(shell)
+    experts._parameters = {"gate_up_proj": gate_up_proj, "down_proj": down_proj}
+    return experts

@@ -1,6 +1,5 @@
 """QATExperts: experts of a mixture that train latent float weights and compute with 1-bit ones."""
 
-import copy
 from typing import Any
 
 import torch
@@ -8,8 +7,8 @@ from torch import Tensor, nn
 
 from torch_onebit.checks import NotScriptable
 from torch_onebit.nn import OneBitExperts, OneBitStack
-from torch_onebit.ops import fake_quantize, fake_quantize_affine
-from torch_onebit.padding import fill
+from torch_onebit.nn.experts import filled, shell_of
+from torch_onebit.qat.function import binary_weights
 from torch_onebit.qat.layers import LatentModule, latent_weight
 
 
@@ -27,12 +26,7 @@ class QATStack(LatentModule):
 
     def binary(self) -> Tensor:
         """The 1-bit weights as floats ``[count, n, k]``."""
-        w = fill(self.weight, self.group_size)
-        if self.scales is None:
-            w = fake_quantize(w, self.method, self.group_size)
-        else:
-            w = fake_quantize_affine(w, *self.levels(), self.group_size)
-        return w[..., : self.in_features]
+        return binary_weights(self.weight, *self.levels(), self.method, self.group_size)
 
     def extra_repr(self) -> str:
         shape = f"count={self.count}, in_features={self.in_features}, "
@@ -66,12 +60,7 @@ class QATExperts(NotScriptable, nn.Module):
         options = method, group_size, symmetric
         self.gate_up_proj = QATStack(_gate_up(experts), *options)
         self.down_proj = QATStack(experts.down_proj, *options)
-        if isinstance(experts, OneBitExperts):
-            shell = experts.to_experts()
-        else:
-            shell = copy.copy(experts)
-        shell._parameters = dict.fromkeys(shell._parameters)
-        self._shell = (shell,)  # no submodule: its weights are those of the stacks
+        self._shell = (shell_of(experts),)  # no submodule: its weights are those of the stacks
         self.train(experts.training)
 
     @property
@@ -86,8 +75,7 @@ class QATExperts(NotScriptable, nn.Module):
         """The packed experts, with levels in dtype, or in that of the latent weights."""
         gate, up = self._packed(self.gate_up_proj, 2, dtype)
         (down,) = self._packed(self.down_proj, 1, dtype)
-        experts = copy.copy(self._shell[0])
-        experts._parameters = {name: stack.weight for name, stack in self.named_children()}
+        experts = filled(self._shell[0], self.gate_up_proj.weight, self.down_proj.weight)
         return OneBitExperts(experts.train(self.training), gate, up, down)
 
     def _packed(self, stack: QATStack, parts: int, dtype: torch.dtype | None) -> list[OneBitStack]:

@@ -25,7 +25,7 @@ class _LatentLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x, w, scales, biases, bias, method, group_size):
-        return F.linear(x, _binary(x, w, scales, biases, method, group_size), bias)
+        return F.linear(x, binary_weights(w, scales, biases, method, group_size, x.dtype), bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -38,7 +38,8 @@ class _LatentLinear(torch.autograd.Function):
         x, w, scales, biases = ctx.saved_tensors
         grad_x = grad_w = grad_scales = grad_biases = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ _binary(x, w, scales, biases, ctx.method, ctx.group_size)
+            options = ctx.method, ctx.group_size, x.dtype
+            grad_x = grad @ binary_weights(w, scales, biases, *options)
         if any(ctx.needs_input_grad[1:4]):
             grad_binary = grad.t() @ x
             filled, whole = grad_binary, fill(w, ctx.group_size)
@@ -57,13 +58,22 @@ class _LatentLinear(torch.autograd.Function):
         return grad_x, grad_w, grad_scales, grad_biases, grad_bias, None, None
 
 
-def _binary(x, w, scales, biases, method, group_size):
+def binary_weights(
+    w: Tensor,
+    scales: Tensor | None,
+    biases: Tensor | None,
+    method: str,
+    group_size: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The 1-bit weights of latent ones ``[..., k]`` as floats, with levels by method or free ones;
+    differentiable. In the dtype of w without one."""
     whole = fill(w, group_size)
     if scales is None:
-        w_hat = fake_quantize(whole, method, group_size, dtype=x.dtype)
+        w_hat = fake_quantize(whole, method, group_size, dtype=dtype)
     else:
-        w_hat = fake_quantize_affine(whole, scales, biases, group_size, dtype=x.dtype)
-    return w_hat if whole is w else w_hat[:, : w.shape[1]]
+        w_hat = fake_quantize_affine(whole, scales, biases, group_size, dtype=dtype)
+    return w_hat if whole is w else w_hat[..., : w.shape[-1]]
 
 
 def latent_linear(

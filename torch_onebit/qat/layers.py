@@ -12,13 +12,11 @@ from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule
 from torch_onebit.nn.fast_path import decline_fast_path
 from torch_onebit.ops import (
     RULES,
-    fake_quantize,
-    fake_quantize_affine,
     quantize_affine,
     quantize_levels,
 )
 from torch_onebit.padding import fill
-from torch_onebit.qat.function import latent_linear
+from torch_onebit.qat.function import binary_weights, latent_linear
 
 QAT_METHODS = (*RULES, "learnable")
 QAT_SYMMETRIC_METHODS = ("sign", "learnable")
@@ -206,15 +204,13 @@ class QATEmbedding(LatentModule):
         self.train(embedding.training)
 
     def forward(self, indices: Tensor) -> Tensor:
-        rows = fill(self._look_up(indices, self.weight), self.group_size)
-        if self.scales is None:
-            rows = fake_quantize(rows, self.method, self.group_size)
-        else:
-            scales = self._look_up(indices, self.scales)
-            symmetric = self.biases is None
-            biases = scales * -0.5 if symmetric else self._look_up(indices, self.biases)
-            rows = fake_quantize_affine(rows, scales, biases, self.group_size)
-        return rows[..., : self.embedding_dim]
+        rows, scales, biases = (
+            None if t is None else self._look_up(indices, t)
+            for t in (self.weight, self.scales, self.biases)
+        )
+        if scales is not None and biases is None:
+            biases = scales * -0.5
+        return binary_weights(rows, scales, biases, self.method, self.group_size)
 
     def _look_up(self, indices: Tensor, rows: Tensor) -> Tensor:
         options = {"scale_grad_by_freq": self.scale_grad_by_freq, "sparse": self.sparse}
@@ -270,8 +266,7 @@ class FakeQuantize(nn.Module):
         self.group_size = group_size
 
     def forward(self, weight: Tensor) -> Tensor:
-        binary = fake_quantize(fill(weight, self.group_size), self.method, self.group_size)
-        return binary[..., : weight.shape[-1]]
+        return binary_weights(weight, None, None, self.method, self.group_size)
 
     def extra_repr(self) -> str:
         return f"method={self.method}, group_size={self.group_size}"
