@@ -104,7 +104,7 @@ class Surgery:
         self._stayed: dict[int, tuple[str, nn.Module]] = {}
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
         jobs: dict[int, Job] = {}
-        stay = _staying(model, and_heads=skip is None and filter_fn is None)
+        stay = staying(model, and_heads=skip is None and filter_fn is None)
         holders: dict[tuple[int, ...], set[int]] = {}  # layers by their weight
         for name, parent, attribute, layer in _places(model, wanted):
             holders.setdefault(_weight_id(layer), set()).add(id(layer))
@@ -290,7 +290,7 @@ def _places(
             yield name, model.get_submodule(prefix), attribute, module
 
 
-def _staying(model: nn.Module, and_heads: bool) -> dict[int, str]:
+def staying(model: nn.Module, and_heads: bool) -> dict[int, str]:
     """Why float layers stay, whatever the step, by their identity."""
     found = heads(model) if and_heads else {}
     found |= {layer: f"{kind} reads its weight" for layer, kind in readers(model).items()}

@@ -25,12 +25,11 @@ from torch_onebit.float_layers import (
     matrix,
     projection_shapes,
 )
-from torch_onebit.heads import heads
 from torch_onebit.methods import quantize_weight
 from torch_onebit.nn import OneBitEmbedding, OneBitExperts, OneBitLinear, OneBitModule, tie
 from torch_onebit.quantizing import dequantize_
-from torch_onebit.readers import readers
 from torch_onebit.saving import layers_once, mlx_names, packed_layers
+from torch_onebit.surgery import staying
 from torch_onebit.symmetric import symmetrize_
 from torch_onebit.transformers.config import OneBitConfig
 from torch_onebit.transformers.stored import DecodeAffine, StoredLayers, read_layers
@@ -84,7 +83,7 @@ class OneBitQuantizer(HfQuantizer):
         """Layers to quantize on load."""
         chosen = self.quantization_config.modules_to_not_convert
         left = [*(chosen or ()), *(model._keep_in_fp32_modules or ())]
-        stays = readers(model) | (heads(model) if chosen is None else {})
+        stays = staying(model, and_heads=chosen is None)
         for path, layer in list(model.named_modules()):
             if id(layer) not in stays and _fits(layer, self.quantization_config.group_size):
                 if should_convert_module(path, left):
