@@ -167,16 +167,14 @@ def train(run: Run, student: nn.Module, seconds: float, rate: float) -> dict[str
 
 def distill(run: Run, student: nn.Module, seconds: float) -> dict[str, float]:
     """Train in place, at the best of the rates."""
-    train(run, compiled_copy(student), 1, RATES[0])
-    probes = [train(run, compiled_copy(student), seconds * PROBE, rate) for rate in RATES]
+    train(run, compiled(copy.deepcopy(student)), 1, RATES[0])
+    probes = [train(run, compiled(copy.deepcopy(student)), seconds * PROBE, rate) for rate in RATES]
     print("probes", probes, flush=True)
-    for layer in student.model.layers:
-        layer.compile()
-    return train(run, student, seconds, min(probes, key=lambda p: p["loss"])["rate"])
+    best = min(probes, key=lambda p: p["loss"])["rate"]
+    return train(run, compiled(student), seconds, best)
 
 
-def compiled_copy(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model)
+def compiled(model: nn.Module) -> nn.Module:
     for layer in model.model.layers:
         layer.compile()  # one graph serves all of them
     return model

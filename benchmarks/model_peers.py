@@ -6,11 +6,13 @@ other versions of torch and transformers; rows of those that cannot be imported 
 
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from models import Subject
 from torch import Tensor, nn
+
+from torch_onebit.surgery import chosen_layers
 
 
 def rows_of(subject: Subject) -> dict[str, Callable[[nn.Module], float]]:
@@ -23,11 +25,8 @@ def rows_of(subject: Subject) -> dict[str, Callable[[nn.Module], float]]:
     return found
 
 
-def _layers(model: nn.Module, subject: Subject) -> Iterator[tuple[str, nn.Linear]]:
-    for name, module in model.named_modules():
-        skipped = any(f".{pattern}." in f".{name}." for pattern in subject.skip)
-        if isinstance(module, nn.Linear) and not skipped:
-            yield name, module
+def _layers(model: nn.Module, subject: Subject) -> list[nn.Linear]:
+    return chosen_layers(model, nn.Module, lambda m, _: isinstance(m, nn.Linear), subject.skip)
 
 
 def _bytes(layers: list[nn.Linear], bits: int, group_size: int) -> float:
@@ -39,7 +38,7 @@ def _bytes(layers: list[nn.Linear], bits: int, group_size: int) -> float:
 def _hqq(model: nn.Module, subject: Subject) -> float:
     from hqq.core.quantize import Quantizer
 
-    layers = [layer for _, layer in _layers(model, subject)]
+    layers = _layers(model, subject)
     for layer in layers:
         packed, meta = Quantizer.quantize(
             layer.weight.detach().float(),
@@ -60,7 +59,8 @@ def _gptq(model: nn.Module, subject: Subject, bits: int) -> float:
     from gptqmodel.quantization.gptq import GPTQ
 
     config = QuantizeConfig(bits=bits, group_size=subject.group_size, sym=False, desc_act=False)
-    layers = dict(_layers(model, subject))
+    chosen = set(_layers(model, subject))
+    layers = {name: module for name, module in model.named_modules() if module in chosen}
     for _, names in itertools.groupby(layers, key=_block):
         solvers = {name: GPTQ(layers[name], config) for name in names}
         for solver in solvers.values():
