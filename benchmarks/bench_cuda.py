@@ -6,6 +6,7 @@ weights of products of few rows rotate out of the L2 cache, for both sides.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -283,6 +284,57 @@ def int4() -> list[Row]:
     return found
 
 
+def gemlite_product(n: int, k: int, rows: tuple[int, ...]) -> list[Row]:
+    """gemlite's 1-bit layer in float16, of the same bits and levels, against ours."""
+    from gemlite import DType, GemLiteLinear
+
+    half = torch.float16
+    w = Weight(n, k, dtype=half, rotate=True)
+    theirs = []
+    for packed, scales, biases in w.packed:
+        layer = GemLiteLinear(
+            1,
+            group_size=128,
+            in_features=k,
+            out_features=n,
+            input_dtype=DType.FP16,
+            output_dtype=DType.FP16,
+        )
+        bits = torch_onebit.unpack_bits(packed).to(torch.uint8)
+        layer.pack(bits, scales.clone(), (-biases.float() / scales.float()).half(), None)
+        theirs.append(layer)
+    dense = ops.dequantize(*(t.double() if t.is_floating_point() else t for t in w.packed[0]), 128)
+    found = []
+    for m in rows:
+        x = torch.randn(m, k, device="cuda", dtype=half)
+        exact = x.double() @ dense.mT
+        theirs_us = graph_us([lambda layer=layer: layer(x) for layer in theirs])
+        ours_us = graph_us([lambda p=p: ops.qmm(x, *p, 128) for p in w.packed])
+        found.append(
+            {
+                "what": "gemlite, 1 bit, float16",
+                "m": m,
+                "n": n,
+                "k": k,
+                "us": ours_us,
+                "torch_us": theirs_us,
+                "ratio": theirs_us / ours_us,
+                "error": error(ops.qmm(x, *w.packed[0], 128), exact),
+                "torch_error": error(theirs[0](x), exact),
+            }
+        )
+    return found
+
+
+def gemlite() -> list[Row]:
+    """Another library's 1-bit products, where it is installed: ``pip install gemlite``."""
+    import gemlite
+
+    gemlite.set_autotune("fast")
+    rows = gemlite_product(4096, 4096, (1, 4, 8, 16, 64))
+    return rows + gemlite_product(14336, 4096, (1, 8, 64))
+
+
 SECTIONS = {
     "few_rows": few_rows,
     "few_rows_float": few_rows_float,
@@ -336,6 +388,10 @@ def main() -> None:
     print(results["device"], results["limits"], flush=True)
     copy = results["limits"]["copy_bytes_per_second"]
     sections = {**SECTIONS, "row_operators": lambda: row_operators(copy)}
+    if importlib.util.find_spec("gemlite"):
+        sections["gemlite"] = gemlite
+    else:
+        print("gemlite is not installed: its rows are left out")
     if "ONEBIT_CUDA_ARCHITECTURE" in os.environ:
         sections = {"without_wgmma": without_wgmma}
     for name in args.sections or sections:
