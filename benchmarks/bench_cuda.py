@@ -308,8 +308,8 @@ def gemlite_product(n: int, k: int, rows: tuple[int, ...]) -> list[Row]:
     for m in rows:
         x = torch.randn(m, k, device="cuda", dtype=half)
         exact = x.double() @ dense.mT
-        theirs_us = graph_us([lambda layer=layer: layer(x) for layer in theirs])
-        ours_us = graph_us([lambda p=p: ops.qmm(x, *p, 128) for p in w.packed])
+        theirs_us = graph_us([lambda layer=layer, x=x: layer(x) for layer in theirs])
+        ours_us = graph_us([lambda p=p, x=x: ops.qmm(x, *p, 128) for p in w.packed])
         found.append(
             {
                 "what": "gemlite, 1 bit, float16",
