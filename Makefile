@@ -9,7 +9,7 @@ CLANGXX ?= clang++-19
 SECONDS ?= 120
 SOURCES := $(shell find csrc metal -type f) setup.py pyproject.toml
 
-.PHONY: demo test check-mps check-cuda test-kernels asan ubsan tsan asan-extension test-avx512 test-arm \
+.PHONY: demo test check-mps link-mac check-cuda test-kernels asan ubsan tsan asan-extension test-avx512 test-arm \
   fuzz fuzz-emulated fuzz-accuracy soak compilers dist test-dist bench figures docs build check format clean
 
 # Without a network the demo says so and trains a small model instead.
@@ -21,9 +21,13 @@ test: build test-kernels
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The Metal backend alone: emulated kernels, shader rules, the macOS build, and the suite on mps.
-check-mps: build
+check-mps: build link-mac
 	$(BIN)/python -m pytest tests/metal
 	$(BIN)/python -m pytest tests -m mps
+
+# The whole extension for macOS against the wheels that a user may have.
+link-mac: $(VENV)/.installed
+	$(BIN)/python tests/metal/mac_build.py 2.10.0 2.13.0 newest
 
 # The CUDA backend: every kernel compiled for every architecture, launch plans, and, where there is a
 # GPU, the suite on it. PYTHON is an interpreter whose torch is built for CUDA.

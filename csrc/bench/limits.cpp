@@ -82,7 +82,7 @@ void check(float result) { TORCH_CHECK(result == result, "limits must be numbers
 void read_memory(const at::Tensor& t) {
   TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat && t.is_contiguous() && t.device().is_cpu(),
                     "t must be contiguous float32 on the cpu, got ", t.scalar_type());
-  const float* data = t.const_data_ptr<float>();
+  const float* data = static_cast<const float*>(t.const_data_ptr());
   at::parallel_for(0, t.numel() / kBlock, 64, [&](int64_t begin, int64_t end) {
     check(machine().read(data + begin * kBlock, (end - begin) * kBlock));
   });

@@ -34,7 +34,7 @@ struct Inputs {
   LevelsArgs by_rule() const {
     LevelsArgs args{w.const_data_ptr(), dtype_of(w), rule_of(rule), group_size, nullptr, 1};
     if (importance.defined()) {
-      args.importance = importance.const_data_ptr<float>();
+      args.importance = static_cast<const float*>(importance.const_data_ptr());
       args.period = std::max<int64_t>(importance.numel() / group_size, 1);
     }
     return args;
@@ -135,8 +135,8 @@ Tensor flip_bits_cpu(const FlipBits& o) {
   auto* flags = o.bits.mutable_data_ptr<bool>();
   const auto run = [&](auto zero) {
     using Real = decltype(zero);
-    const auto* scale = steps.template const_data_ptr<Real>();
-    const auto* moment = square.template const_data_ptr<Real>();
+    const auto* scale = static_cast<const Real*>(steps.const_data_ptr());
+    const auto* moment = static_cast<const Real*>(square.const_data_ptr());
     auto* errors = local.template mutable_data_ptr<Real>();
     auto* change = changes.template mutable_data_ptr<Real>();
     in_parallel(0, n, 16, [&](int64_t first, int64_t last) {

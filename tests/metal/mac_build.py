@@ -1,15 +1,33 @@
-"""Cross-compiles the extension for macOS arm64, as setup.py builds it there, and links it."""
+"""Cross-compiles the extension for macOS arm64, as setup.py builds it there, and links it.
+
+python tests/metal/mac_build.py 2.10.0 2.13.0 newest    against these versions' wheels
+"""
 
 import re
+import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import host_build
+import mac_torch
 import macho
 import toolchain
 from mac_torch import MacTorch
 
 CSRC = toolchain.ROOT / "csrc"
+MPS = CSRC / "mps"
+MPS_SOURCES = sorted([*MPS.glob("*.cpp"), *MPS.glob("*.mm")])
+# All of them, as setup.py names them on a Mac.
+SOURCES = [
+    *MPS_SOURCES,
+    *sorted(
+        path
+        for pattern in ("*.cpp", "ops/*/*.cpp", "cpu/**/*.cpp", "bench/*.cpp")
+        for path in CSRC.glob(pattern)
+    ),
+]
 # Symbols the frameworks export, of those that an Objective-C++ file can need.
 FRAMEWORKS = {
     "Foundation": ["NSString", "NSError", "NSProcessInfo"],
@@ -27,7 +45,7 @@ COMPILER_RUNTIME = {"___isPlatformVersionAtLeast", "___isOSVersionAtLeast"}
 def compiler(torch: MacTorch) -> list[str]:
     include, apple = torch.include, host_build.HEADERS / "apple"
     return [
-        *(toolchain.zig(), "c++", "-target", "aarch64-macos.14.0", torch.standard, "-O0", "-fPIC"),
+        *(toolchain.zig(), "c++", "-target", "aarch64-macos.14.0", "-std=c++20", "-O0", "-fPIC"),
         "-fno-sanitize=all",  # which zig adds to what is not optimized
         *(
             "-fobjc-arc",
@@ -44,9 +62,10 @@ def compiler(torch: MacTorch) -> list[str]:
 
 
 def object_of(source: Path, torch: MacTorch) -> Path:
-    headers = [*host_build.inputs_of(source), *CSRC.glob("cpu/*.h")]
-    version = (torch.folder / "version.txt").read_text()
-    command = [*compiler(torch), f"-DTORCH={version}", f"-I{source.parent}"]
+    headers = host_build.inputs_of(source)
+    if source.parent != MPS:
+        headers = sorted({*headers, *CSRC.rglob("*.h")})
+    command = [*compiler(torch), f"-DTORCH={torch.found}", f"-I{source.parent}"]
     command += host_build.include_of(source)
     return toolchain.object_file(source, command, headers)
 
@@ -113,3 +132,25 @@ def link(objects: list[Path], torch: MacTorch, folder: Path) -> Path:
         ]
     )
     return library
+
+
+def main(versions: list[str]) -> None:
+    """The whole extension against each of these wheels; an error names what does not link."""
+    for version in versions:
+        start = time.perf_counter()
+        torch = mac_torch.fetch("" if version == "newest" else version)
+        objects = objects_of(SOURCES, torch)
+        if missing := unresolved(objects, torch):
+            raise SystemExit(f"torch {torch.found} does not export: " + "\n".join(missing))
+        with tempfile.TemporaryDirectory() as folder:
+            size = link(objects, torch, Path(folder)).stat().st_size
+        seconds = time.perf_counter() - start
+        print(
+            f"torch {torch.found}: {len(SOURCES)} files, {size / 1e6:.1f} MB linked for macOS "
+            f"arm64 in {seconds:.0f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

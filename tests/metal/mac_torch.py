@@ -1,6 +1,5 @@
 """The macOS wheels of torch: their headers, and what their libraries export."""
 
-import re
 import subprocess
 import sys
 import tempfile
@@ -32,10 +31,9 @@ class MacTorch:
         return set((self.folder / "exports.txt").read_text().split())
 
     @property
-    def standard(self) -> str:
-        """The C++ standard torch's own build of extensions asks for."""
-        minor = int(re.match(r"2\.(\d+)", (self.folder / "version.txt").read_text()).group(1))
-        return "-std=c++20" if minor >= 12 else "-std=c++17"
+    def found(self) -> str:
+        """The version of the wheel."""
+        return (self.folder / "version.txt").read_text()
 
 
 def fetch(version: str) -> MacTorch:
