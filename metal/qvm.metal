@@ -1,8 +1,9 @@
 // y[n] = sum over k of x[k] * dequantize(w)[k, n] for one row of x, with w [k, n].
 // Threadgroup: kQvmSimdgroups simdgroups share 1024 outputs, a word (32 outputs) to a lane;
-// simdgroup s takes rows s, s + 8, ... of its split of k, each a 128-byte line. Held per lane: 32
-// sums and the common sum of x * bias. Grid: x over n, z over batches times splits of k. A split
-// writes float partial sums.
+// simdgroup s takes rows s, s + 8, ... of its split of k, each a 128-byte line. Per weight: test
+// the bit, select bias or bias + scale, multiply-add, as in qmv: a common sum of bias * x would
+// make NaN of an infinity in x, and cancel. Held per lane: 32 sums. Grid: x over n, z over batches
+// times splits of k. A split writes float partial sums.
 #include "common.h"
 
 template <typename T, typename O>
@@ -28,26 +29,24 @@ template <typename T, typename O>
   float sum[kWordBits];
   ONEBIT_UNROLL
   for (uint i = 0; i < kWordBits; i++) sum[i] = 0;
-  float base = 0;
   if (word < words) {
     for (uint k = k_begin + simdgroup; k < k_end; k += kQvmSimdgroups) {
       const uint row = matrices.w * p.k + k;
       const uint bits = packed[row * words + word];
       const Levels levels = read_levels(scales, biases, row * groups + (word >> p.group_shift));
       const float value = float(x[k]);
-      const float one = levels.scale * value;
-      base = fma(levels.bias, value, base);
+      const float one = levels.scale + levels.bias;
       ONEBIT_UNROLL
-      for (uint i = 0; i < kWordBits; i++) sum[i] += select(0.0f, one, bit_of(bits, i));
+      for (uint i = 0; i < kWordBits; i++) {
+        sum[i] = fma(select(levels.bias, one, bit_of(bits, i)), value, sum[i]);
+      }
     }
   }
   // Sums of the simdgroups meet in threadgroup memory, 8 of a lane's 32 at a time.
   ONEBIT_UNROLL
   for (uint i0 = 0; i0 < kWordBits; i0 += 8) {
     ONEBIT_UNROLL
-    for (uint i = 0; i < 8; i++) {
-      partial[(simdgroup * 8 + i) * kLanes + lane] = sum[i0 + i] + base;
-    }
+    for (uint i = 0; i < 8; i++) partial[(simdgroup * 8 + i) * kLanes + lane] = sum[i0 + i];
     threadgroup_barrier(mem_flags::mem_threadgroup);
     float total = 0;
     for (uint s = 0; s < kQvmSimdgroups; s++) total += partial[(s * 8 + simdgroup) * kLanes + lane];

@@ -6,7 +6,14 @@ import emulator
 import pytest
 import reference
 import torch
-from helpers import assert_as_accurate_as_torch, assert_qmm, make_weights, to_numpy, torch_qmm
+from helpers import (
+    assert_as_accurate_as_torch,
+    assert_qmm,
+    make_weights,
+    relative_error,
+    to_numpy,
+    torch_qmm,
+)
 from structured import Case, errors
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -131,6 +138,44 @@ def test_tensor_operations_take_batches_offsets_and_levels_of_another_dtype(monk
         assert_as_accurate_as_torch(y[i], plain, exact)
     assert_qmm(x[2], packed[1], scales[1], biases[1], 64)
     assert kernels_of(log())[-2] == "qmm_tensor_bfloat_32"
+
+
+INF, NAN = float("inf"), float("nan")
+# What is at columns 5 and 7 of a row of x.
+NOT_FINITE = [(INF, 0), (-INF, 0), (INF, -INF), (NAN, 0), (INF, 3)]
+# rows of x, GPU, transpose: one of each kernel of products
+EVERY_PRODUCT = [
+    *((1, M1, True), (4, M1, True), (13, M1, True), (37, M3_MAX, True), (13, M5, True)),
+    *((1, M1, False), (37, M1, False)),
+]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("m, gpu, transpose", EVERY_PRODUCT)
+def test_infinity_and_nan_in_x_are_as_in_torch(m, gpu, transpose, dtype, monkeypatch):
+    monkeypatch.setenv("ONEBIT_FAKE_GPU", gpu)
+    packed, scales, biases = weights(*((40, 128) if transpose else (128, 64)), group_size=32)
+    biases[:20] = 0
+    for values in NOT_FINITE:
+        x = torch.zeros(m, 128, dtype=dtype)
+        x[0, 5], x[0, 7] = torch.tensor(values).to(dtype)
+        args = (packed, scales, biases, 32, transpose)
+        y, plain = ops.qmm(x.to("mps"), *args), torch_qmm(x.to("mps"), *args)
+        torch.testing.assert_close(y, plain, equal_nan=True, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("value", [2e37, 1e-38])
+@pytest.mark.parametrize("m, gpu, transpose", EVERY_PRODUCT)
+def test_extreme_values_neither_overflow_nor_vanish(value, m, gpu, transpose, monkeypatch):
+    monkeypatch.setenv("ONEBIT_FAKE_GPU", gpu)
+    packed, scales, biases = make_weights(128, 128)
+    x = value * (1 + torch.rand(m, 128))
+    scale = 1e-3 if value > 1 else 1e3
+    args = (x, packed, scale * scales, scale * biases)
+    expected = reference.qmm(*map(to_numpy, args), 128, transpose)
+    assert abs(expected).max() < 3e38
+    y = ops.qmm(*(t.to("mps") for t in args), 128, transpose)
+    assert relative_error(y, expected) <= 1e-6
 
 
 # Where a weight that is rounded, or a sum that cancels, shows most: x, levels, bits, group size.

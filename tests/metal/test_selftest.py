@@ -131,7 +131,7 @@ MUTANTS = {
     "qmm_sorted: one pass": ("qmm.metal", "next.w != first.w ||", "", "qmm_sorted"),
     "qmm_n: group of a word": ("qmm_n.metal", "(word & group_mask) == 0", "false"),
     "qmm_n: end of k": ("qmm_n.metal", "k0 + part + i < k_end", "k0 + part + i + 1 < k_end"),
-    "qvm: common sum": ("qvm.metal", "sum[i0 + i] + base", "sum[i0 + i]"),
+    "qvm: one level": ("qvm.metal", "levels.scale + levels.bias", "levels.scale"),
     "qvm: simdgroups": ("qvm.metal", "s < kQvmSimdgroups", "s + 1 < kQvmSimdgroups"),
     "decode: rows": ("decode.metal", "row * p.words + word", "word"),
     "decode: absent biases": ("decode.metal", "float(T(-0.5f * scale))", "-0.25f * scale"),
