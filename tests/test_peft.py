@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torch_onebit import OneBitEmbedding, PrepackedLinear, prepack_, quantize_
+from torch_onebit import (
+    OneBitEmbedding,
+    PrepackedLinear,
+    calibrate_,
+    convert_,
+    dequantize_,
+    prepack_,
+    prepare_qat_,
+    quantize_,
+    report,
+)
 
 peft = pytest.importorskip("peft")
 
@@ -117,6 +127,62 @@ def test_merge_is_refused_and_says_what_to_do(net, call):
     with pytest.raises(ValueError, match="keep the adapter, or merge it into the float model"):
         getattr(model, call)()
     assert torch.equal(net.up.base_layer.weight, before)
+
+
+ADAPTED_FIRST = [
+    # what the float layers under adapters become
+    lambda model: quantize_(model, group_size=32),
+    lambda model: prepare_qat_(model, group_size=32),
+    lambda model: prepare_qat_(model, group_size=32, method="learnable"),
+    lambda model: calibrate_(model, [IDS], group_size=32, progress=False),
+]
+
+
+@pytest.mark.parametrize("change", ADAPTED_FIRST, ids=["packed", "mean", "learnable", "calibrated"])
+def test_adapters_of_float_layers_are_not_merged_into_the_bits_that_these_become(change):
+    model = peft.get_peft_model(Net(), peft.LoraConfig(r=4, target_modules=TARGETS))
+    train(model, 2)
+    change(model)
+    before = model(IDS)
+    for call in ("merge_adapter", "merge_and_unload"):
+        with pytest.raises(ValueError, match="merge must have float weights"):
+            getattr(model, call)()
+    assert torch.equal(model(IDS), before)
+    dequantize_(convert_(model) if "QAT" in str(model) else model)
+    y = model.eval()(IDS)
+    torch.testing.assert_close(model.merge_and_unload()(IDS), y)  # float again
+
+
+def test_layers_that_hold_an_adapter_already_stay_float():
+    model = peft.get_peft_model(Net(), peft.LoraConfig(r=4, target_modules=["up"]))
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="swapped nothing"):
+        quantize_(model, group_size=32, skip=["embed", "down", "head"])
+    reasons = {row.name: row.reason for row in report(model).left}
+    assert reasons["base_model.model.up.base_layer"] == "its adapter is merged: unmerge it first"
+
+
+def test_all_linear_means_packed_layers_too(net):
+    options = {"r": 4, "target_modules": "all-linear"}
+    with pytest.raises(ValueError, match="model must be given where target_modules is 'all-linear'"):
+        onebit_lora(peft.LoraConfig(**options))
+    lora = onebit_lora(peft.LoraConfig(**options), net)
+    assert set(lora.target_modules) == {"up", "down", "head"}
+    peft.get_peft_model(net, lora)
+    assert isinstance(net.head, LoraOneBitLinear)
+
+
+def test_all_linear_leaves_the_head_of_a_language_model():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 40}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+    model = quantize_(transformers.LlamaForCausalLM(config), group_size=32, skip=["q_proj"])
+    lora = onebit_lora(peft.LoraConfig(target_modules="all-linear"), model)
+    adapted = peft.get_peft_model(model, lora)
+    kinds = {n.rpartition(".")[2]: type(m).__name__ for n, m in adapted.named_modules()}
+    assert kinds["q_proj"] == "Linear"  # of peft: float weights below it
+    assert (kinds["k_proj"], kinds["down_proj"]) == ("LoraOneBitLinear",) * 2
+    assert len(lora.target_modules) == 7
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "mica"])

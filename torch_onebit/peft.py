@@ -7,14 +7,20 @@ from peft import LoraConfig
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
+from torch_onebit import adapters
 from torch_onebit.checks import check_kind
+from torch_onebit.float_layers import is_linear
+from torch_onebit.heads import heads
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear
 
 # Other initialisations read the float weights, or change them.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
 
-def onebit_lora(config: LoraConfig) -> LoraConfig:
+ALL_LINEAR = "all-linear"  # of peft, which knows float layers only
+
+
+def onebit_lora(config: LoraConfig, model: nn.Module | None = None) -> LoraConfig:
     """Make a LoraConfig know ``OneBitLinear`` and ``OneBitEmbedding``; the bits stay packed.
 
     PEFT keeps this out of the file of the adapter: call it on the config again to load one,
@@ -23,12 +29,14 @@ def onebit_lora(config: LoraConfig) -> LoraConfig:
 
     Args:
         config: of peft; changed in place.
+        model: where ``target_modules`` is "all-linear": the model, of which that becomes the names
+            of all linear layers, packed or float, but heads.
     Returns:
         config.
     Raises:
         TypeError: not a LoraConfig.
         ValueError: an initialisation that needs float weights, other than ``INITIALISATIONS``.
-            (DoRA and other variants are refused by PEFT.)
+            (DoRA and other variants are refused by PEFT.) "all-linear" without a model.
     """
     check_kind("config", config, LoraConfig, "a peft.LoraConfig")
     if config.init_lora_weights not in INITIALISATIONS:
@@ -36,9 +44,23 @@ def onebit_lora(config: LoraConfig) -> LoraConfig:
             f"init_lora_weights must be one of {INITIALISATIONS} over 1-bit layers, "
             f"got {config.init_lora_weights!r}"
         )
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        if model is None:
+            raise ValueError(f"model must be given where target_modules is {targets!r}, got None")
+        config.target_modules = _all_linear(model)
     config._register_custom_module({OneBitLinear: LoraOneBitLinear})
     config._register_custom_module({OneBitEmbedding: LoraOneBitEmbedding})
     return config
+
+
+def _all_linear(model: nn.Module) -> set[str]:
+    left = adapters.staying(model) | heads(model)
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".base_layer")
+        for name, module in model.named_modules()
+        if (isinstance(module, OneBitLinear) or is_linear(module)) and id(module) not in left
+    }
 
 
 class _OneBitBase:
@@ -48,11 +70,7 @@ class _OneBitBase:
     def lora_variants(self) -> dict[tuple[str, ...], None]:
         return {(): None}
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError(
-            "merge must have float weights to add an adapter to, got 1-bit ones: keep the adapter, "
-            "or merge it into the float model and quantize that"
-        )
+    merge = staticmethod(adapters.refuse_merge)
 
 
 class LoraOneBitLinear(_OneBitBase, lora.Linear):

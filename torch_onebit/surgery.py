@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from torch_onebit import adapters
 from torch_onebit.checks import check_callable, check_group_size, check_model, check_skip
 from torch_onebit.float_layers import shape_of
 from torch_onebit.heads import heads
@@ -192,6 +193,7 @@ class Surgery:
         """Write the report, and warn when nothing was swapped."""
         rows = [job.row(self.step) for job in self.jobs]
         report = record(self.model, rows, self.reasons, self._stayed)
+        adapters.guard(self.model)
         if not rows:
             reasons = sorted({row.reason for row in report.left if row.kind})
             what = "; ".join(reasons) or "there is no layer that it is about"
@@ -294,11 +296,7 @@ def staying(model: nn.Module, and_heads: bool) -> dict[int, str]:
     """Why float layers stay, whatever the step, by their identity."""
     found = heads(model) if and_heads else {}
     found |= {layer: f"{kind} reads its weight" for layer, kind in readers(model).items()}
-    for module in model.modules():
-        if type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
-            for name, inner in module.named_modules():
-                if name and name.split(".")[0] != "base_layer":
-                    found[id(inner)] = "an adapter of peft, trained in float"
+    found |= adapters.staying(model)
     done = {id(module) for module in model.modules() if getattr(module, "is_onebit", False)}
     return {layer: reason for layer, reason in found.items() if layer not in done}
 

@@ -37,6 +37,7 @@ class OneBitEmbedding(OneBitModule):
     """
 
     rows_name, columns_name = "num_embeddings", "embedding_dim"
+    max_norm, norm_type = None, 2.0  # of nn.Embedding, for code that looks at them
 
     def __init__(
         self,

@@ -181,6 +181,8 @@ class QATEmbedding(LatentModule):
         TypeError: another kind of layer.
     """
 
+    max_norm, norm_type = None, 2.0  # of nn.Embedding, for code that looks at them
+
     def __init__(
         self,
         embedding: nn.Embedding | OneBitEmbedding,
