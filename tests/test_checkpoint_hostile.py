@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,31 @@ def test_hostile_folder_is_refused(name, tmp_path):
         source = MLXCheckpoint(tmp_path)
         for path in source.paths:  # without the columns of a model, the config decides
             source.layer(path)
+
+
+CONFIGS = [  # a change of config.json that transformers cannot make a model of
+    {"model_type": "nonsense"},
+    {"model_type": 7},
+    {"vocab_size": 2**40},  # more than memory
+    {"vocab_size": 2**63},
+    {"hidden_size": "abc"},
+    {"num_attention_heads": 0},
+    {"num_attention_heads": -1},
+    {"hidden_act": "nonsense"},
+    {"id2label": 5},
+    {"dtype": "nonsense"},
+]
+
+
+@pytest.mark.parametrize("change", CONFIGS, ids=str)
+def test_a_config_that_no_model_can_be_made_of_is_refused(change, tmp_path):
+    pytest.importorskip("transformers")
+    golden = Path(__file__).parent / "data" / "mlx_checkpoint"
+    config = json.loads((golden / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(golden / "model.safetensors", tmp_path)
+    with pytest.raises(CheckpointError, match=r"config must (describe|have)"):
+        load_checkpoint(tmp_path)
 
 
 def test_link_into_the_blobs_of_the_hub_cache_is_followed(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from test_transformers import IDS, MOE, assert_same, build
 from torch import nn
 
-from torch_onebit import quantize_
+from torch_onebit import load_checkpoint, quantize_, save_checkpoint
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -112,4 +112,16 @@ def test_a_tied_model_made_empty_and_filled_by_assignment_stays_tied():
     for key in ("weight", "scales", "biases"):
         own, other = (getattr(m, key) for m in (empty.lm_head, empty.model.embed_tokens))
         assert own.data_ptr() == other.data_ptr(), key
+    assert_same(empty, model)
+
+
+def test_a_tied_model_made_empty_loads_a_folder_and_stays_tied(tmp_path):
+    from accelerate import init_empty_weights
+
+    model = onebit("tied")
+    save_checkpoint(model, tmp_path)
+    with init_empty_weights():  # which makes two parameters of one
+        empty = build(*MODELS["tied"][:1], tied=True)
+    load_checkpoint(tmp_path, empty)
+    assert empty.lm_head.weight.data_ptr() == empty.model.embed_tokens.weight.data_ptr()
     assert_same(empty, model)

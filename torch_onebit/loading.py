@@ -30,7 +30,7 @@ from torch_onebit.nn import (
 )
 from torch_onebit.nn.forms import unprepack_all
 from torch_onebit.saving import stored_path
-from torch_onebit.skeleton import skeleton
+from torch_onebit.skeleton import skeleton, tie_empty_
 from torch_onebit.symmetric import symmetrize_
 
 OTHER_BITS = ("error", "dequantize")
@@ -140,6 +140,7 @@ def fill_(
 ) -> None:
     """Load an open checkpoint into a model, in place."""
     check_model(model)
+    tie_empty_(model)
     unprepack_all(model)
     plan = _plan(model, source, other_bits, strict)
     work = [*plan.tensors.items(), *plan.layers.items()]  # biases before their layers are swapped
