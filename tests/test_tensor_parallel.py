@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from two_processes import PROCESSES, outcomes
 
 import torch_onebit
-from torch_onebit import OneBitEmbedding, OneBitLinear, ops
+from torch_onebit import OneBitEmbedding, OneBitLinear, OneBitStack, ops, prepack_
 
 
 class Net(nn.Module):
@@ -41,6 +41,54 @@ def parallel(model: nn.Module) -> nn.Module:
         "head": ColwiseParallel(output_layouts=Replicate()),
     }
     return parallelize_module(model, dist.init_device_mesh("cpu", (PROCESSES,)), plan)
+
+
+class Mixture(nn.Module):
+    """Experts as OneBitExperts calls them: gate and up by rows of x, down one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (OneBitStack(3, 64, 128, group_size=32) for _ in range(2))
+        self.down_proj = OneBitStack(3, 128, 64, group_size=32)
+
+    def forward(self, x, chosen, rows):
+        inner = F.silu(self.gate_proj(x, chosen, rows)) * self.up_proj(x, chosen, rows)
+        return self.down_proj(inner, chosen)
+
+
+def experts() -> None:
+    from torch_onebit.distributed import ColwiseParallel, RowwiseParallel
+
+    plain = Mixture().requires_grad_(True)
+    plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel()}
+    plan["down_proj"] = RowwiseParallel()
+    mesh = dist.init_device_mesh("cpu", (PROCESSES,))
+    sharded = parallelize_module(copy.deepcopy(plain), mesh, plan)
+    x, rows = torch.randn(4, 64), torch.tensor([0, 0, 1, 2, 2, 3])
+    chosen = torch.tensor([0, 1, 1, 0, 2, 2])
+    xs = [x.clone().requires_grad_() for _ in range(2)]
+    y, expected = (m(t, chosen, rows) for m, t in zip((sharded, plain), xs, strict=True))
+    torch.testing.assert_close(y, expected)
+    for result in (y, expected):
+        result.square().sum().backward()
+    torch.testing.assert_close(xs[0].grad, xs[1].grad)
+    gradients = {name: p.grad for name, p in sharded.named_parameters()}
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(gradients[name].full_tensor(), parameter.grad, msg=name)
+    held = sum(b.to_local().numel() for b in sharded.buffers())
+    assert held * PROCESSES == sum(b.numel() for b in plain.buffers())
+
+
+def prepacked() -> None:
+    """Sharding takes prepacked layers apart; sharded ones are not prepacked, and say why."""
+    plain = Net()
+    sharded = parallel(prepack_(copy.deepcopy(plain).eval()))
+    with torch.no_grad():
+        torch.testing.assert_close(sharded(tokens()), plain(tokens()))
+    with pytest.warns(UserWarning, match="prepack_ swapped nothing: weight must be of one device"):
+        prepack_(sharded)
+    with pytest.raises(ValueError, match=r"weight must be of one device .* got a DTensor"):
+        sharded.up.prepack()
 
 
 def tokens() -> torch.Tensor:
@@ -94,6 +142,8 @@ def rules() -> None:
     put = lambda t, placement: distribute_tensor(t, mesh, [placement])
     packed, scales, biases = ops.quantize(torch.randn(64, 128), 32)
     x, back, ids = torch.randn(4, 128), torch.randn(4, 64), torch.randint(64, (6,))
+    stack = ops.quantize(torch.randn(3, 32, 128), 32)
+    chosen = torch.tensor([0, 2, 1, 2])
     cases = {
         "rows of x": (ops.qmm, (x, packed, scales, biases, 32), (Shard(0), *[Replicate()] * 3)),
         "x W, outputs": (
@@ -116,10 +166,30 @@ def rules() -> None:
             (ids, packed, scales, biases, 32),
             (Shard(0), *[Replicate()] * 3),
         ),
+        "matrices chosen, outputs": (
+            ops.gather_qmm,
+            (x.view(4, 1, 128), *stack, None, chosen, 32),
+            (Replicate(), *[Shard(1)] * 3, None, Replicate()),
+        ),
+        "matrices chosen, inputs": (
+            ops.gather_qmm,
+            (x.view(4, 1, 128), *stack, None, chosen, 32),
+            (Shard(2), *[Shard(2)] * 3, None, Replicate()),
+        ),
+        "matrices chosen, choices": (
+            ops.gather_qmm,
+            (x.view(4, 1, 128), *stack, chosen, chosen, 32),
+            (Replicate(), *[Replicate()] * 3, Shard(0), Shard(0)),
+        ),
+        "matrices chosen, transposed": (
+            lambda *a: ops.gather_qmm(*a, transpose=False),
+            (back.view(4, 2, 32), *stack, None, chosen, 32),
+            (Shard(2), *[Shard(1)] * 3, None, Replicate()),
+        ),
         "decoded": (ops.dequantize, (packed, scales, biases, 32), [Shard(1)] * 3),
     }
     for name, (op, args, placements) in cases.items():
-        spread = [put(a, p) for a, p in zip(args, placements, strict=False)]
+        spread = [p and put(a, p) for a, p in zip(args, placements, strict=False)]
         y = op(*spread, *args[len(placements) :])
         assert isinstance(y, DTensor)
         torch.testing.assert_close(y.full_tensor(), op(*args), msg=name)
@@ -159,7 +229,10 @@ CASES = {
     "compiled": compiled,
     "placed otherwise": rules,
     "errors": errors,
+    "experts": experts,
 }
+if torch.ops.onebit.can_prepack():
+    CASES["prepacked"] = prepacked
 
 
 def cases(folder):

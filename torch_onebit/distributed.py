@@ -23,7 +23,7 @@ from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from torch_onebit.checks import check_kind
-from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule
+from torch_onebit.nn import OneBitEmbedding, OneBitLinear, OneBitModule, OneBitStack
 from torch_onebit.packing import WORD_BITS
 
 __all__ = ["ColwiseParallel", "RowwiseParallel"]
@@ -49,11 +49,11 @@ class _OneBitParallel(ParallelStyle):
         self.use_local_output = use_local_output
 
     def _dim(self, module: nn.Module) -> int:
-        """The dimension of the weights to shard: 0, rows, or 1, groups of columns."""
+        """The dimension of the weights to shard: -2, rows, or -1, groups of columns."""
         raise NotImplementedError
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        check_kind("module", module, OneBitModule, "a OneBitLinear or OneBitEmbedding")
+        check_kind("module", module, OneBitModule, "a OneBitLinear, -Embedding or -Stack")
         dim = self._dim(module)
         _check_shards(module, dim, device_mesh.size(), self.name)
         return distribute_module(
@@ -66,7 +66,8 @@ class _OneBitParallel(ParallelStyle):
 
 
 class ColwiseParallel(_OneBitParallel):
-    """Outputs of a ``OneBitLinear``, or columns of a ``OneBitEmbedding``, divided among devices.
+    """Outputs of a ``OneBitLinear`` or of every matrix of a ``OneBitStack``, or columns of a
+    ``OneBitEmbedding``, divided among devices.
 
     What ``torch.distributed.tensor.parallel.ColwiseParallel`` is to float layers: the names are
     those of the transposed weight.
@@ -86,11 +87,12 @@ class ColwiseParallel(_OneBitParallel):
     output_layout = Shard(-1)
 
     def _dim(self, module: nn.Module) -> int:
-        return 1 if isinstance(module, OneBitEmbedding) else 0
+        return -1 if isinstance(module, OneBitEmbedding) else -2
 
 
 class RowwiseParallel(_OneBitParallel):
-    """Inputs of a ``OneBitLinear`` divided among devices; their products are added up.
+    """Inputs of a ``OneBitLinear`` or of every matrix of a ``OneBitStack`` divided among devices;
+    their products are added up.
 
     What ``torch.distributed.tensor.parallel.RowwiseParallel`` is to float layers.
 
@@ -109,8 +111,9 @@ class RowwiseParallel(_OneBitParallel):
     output_layout = Replicate()
 
     def _dim(self, module: nn.Module) -> int:
-        check_kind("module", module, OneBitLinear, "a OneBitLinear (embeddings: ColwiseParallel)")
-        return 1
+        what = "a OneBitLinear or -Stack (embeddings: ColwiseParallel)"
+        check_kind("module", module, (OneBitLinear, OneBitStack), what)
+        return -1
 
 
 def _check_shards(module: OneBitModule, dim: int, devices: int, style: str) -> None:
@@ -121,7 +124,7 @@ def _check_shards(module: OneBitModule, dim: int, devices: int, style: str) -> N
         )
     whole = module.group_size * devices
     columns = getattr(module, module.columns_name)
-    if dim == 1 and columns % whole:
+    if dim == -1 and columns % whole:
         raise ValueError(
             f"{module.columns_name} must be a multiple of {whole} ({devices} devices, groups of "
             f"{module.group_size}) under {style}, got {columns}"
@@ -136,21 +139,25 @@ def _shard(
     def sharded(tensor: Tensor, placement: Placement) -> Tensor:
         return distribute_tensor(tensor, device_mesh, [placement], src_data_rank=source)
 
+    columns, dim = dim == -1, dim + module.weight.ndim
     module.weight = sharded(module.weight, Shard(dim))
     for key, parameter in list(module.named_parameters(recurse=False)):
         # bias is added once to what devices have added up, or is of its device's outputs.
-        placement = Replicate() if key == "bias" and dim == 1 else Shard(dim)
+        placement = Replicate() if key == "bias" and columns else Shard(dim)
         data = sharded(parameter.detach(), placement)
         setattr(module, key, nn.Parameter(data, requires_grad=parameter.requires_grad))
 
 
 def _prepare_input(
     given: Placement, wanted: Placement, module: nn.Module, inputs: Any, device_mesh: DeviceMesh
-) -> DTensor:
-    x = inputs[0]
-    if not isinstance(x, DTensor):
-        x = DTensor.from_local(x, device_mesh, [given], run_check=False)
-    return x.redistribute(placements=[wanted])
+) -> tuple[Any, ...]:
+    def put(t: Any, placement: Placement) -> Any:
+        plain = isinstance(t, Tensor) and not isinstance(t, DTensor)
+        return DTensor.from_local(t, device_mesh, [placement], run_check=False) if plain else t
+
+    x, *indices = inputs  # which matrices of a stack, and which rows of x: the same everywhere
+    x = put(x, given).redistribute(placements=[wanted])
+    return x, *(put(t, Replicate()) for t in indices)
 
 
 def _prepare_output(
@@ -211,22 +218,47 @@ def _qmm(x, packed, scales, biases, group_size, transpose=True) -> Iterator[Shar
         yield [Shard(dim)], [Shard(dim), *whole_weights]
 
 
+@_rule(_ops.gather_qmm.default)
+def _gather_qmm(
+    x, packed, scales, biases, lhs, rhs, group_size, transpose=True, sorted_indices=False
+) -> Iterator[Sharding]:
+    """Matrices in parts, every process all of them; or chosen products in parts."""
+    indices = [t for t in (lhs, rhs) if t is not None]
+    dims = max(t.ndim for t in indices) if indices else max(x.ndim, packed.ndim) - 2
+    every = [None if t is None else Replicate() for t in (lhs, rhs)]
+    rest = [None, None, None]
+    rows, columns = packed.ndim - 2, packed.ndim - 1
+    by_rows = [Shard(rows), *_levels(scales, biases, Shard(rows)), *every, *rest]
+    by_columns = [Shard(columns), *_levels(scales, biases, Shard(columns)), *every, *rest]
+    outputs, inputs = (by_rows, by_columns) if transpose else (by_columns, by_rows)
+    whole = _whole_groups(packed, group_size)
+    if transpose or whole:
+        yield [Shard(dims + 1)], [Replicate(), *outputs]
+    if not transpose or whole:
+        yield [Partial()], [Shard(x.ndim - 1), *inputs]
+    if len(indices) == 2 and lhs.shape == rhs.shape:
+        weights = [Replicate(), *_levels(scales, biases, Replicate())]
+        for dim in range(dims):
+            yield [Shard(dim)], [Replicate(), *weights, Shard(dim), Shard(dim), *rest]
+
+
 @_rule(_ops.affine_grad.default)
 def _affine_grad(
     grad, x, packed, lhs_indices, rhs_indices, group_size, transpose=True
 ) -> Iterator[Sharding]:
-    if packed.ndim != 2 or lhs_indices is not None or rhs_indices is not None:
-        return
-    last, rest = x.ndim - 1, [None, None, None, None]
+    every = [None if t is None else Replicate() for t in (lhs_indices, rhs_indices)]
+    last, rest = x.ndim - 1, [*every, None, None]
     # The factor whose last dimension counts the rows of the weights, and the other.
-    of_rows, of_columns = [Shard(last), Replicate()], [Replicate(), Shard(last)]
+    of_rows, of_columns = [Shard(grad.ndim - 1), Replicate()], [Replicate(), Shard(last)]
     if not transpose:
         of_rows, of_columns = of_columns, of_rows
-    yield [Shard(0)] * 2, [*of_rows, Shard(0), *rest]
+    rows, columns = packed.ndim - 2, packed.ndim - 1
+    yield [Shard(rows)] * 2, [*of_rows, Shard(rows), *rest]
     if _whole_groups(packed, group_size):
-        yield [Shard(1)] * 2, [*of_columns, Shard(1), *rest]
-    for dim in range(last):
-        yield [Partial()] * 2, [Shard(dim), Shard(dim), Replicate(), *rest]
+        yield [Shard(columns)] * 2, [*of_columns, Shard(columns), *rest]
+    if packed.ndim == 2 and every == [None, None]:
+        for dim in range(last):
+            yield [Partial()] * 2, [Shard(dim), Shard(dim), Replicate(), *rest]
 
 
 @_rule(_ops.embedding.default)

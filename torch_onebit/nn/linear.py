@@ -112,6 +112,8 @@ class OneBitLinear(OneBitModule):
             )
         if self._tie is not None:
             raise ValueError("weight must be of this layer alone to be prepacked, got a tied one")
+        if hasattr(self.weight, "placements"):
+            raise ValueError("weight must be of one device to be prepacked, got a DTensor")
         if any(t is not None and t.requires_grad for t in (self.scales, self.biases)):
             raise ValueError("scales and biases must not require grad to be prepacked, got some do")
         dtype, device = self.scales.dtype, self.weight.device.type

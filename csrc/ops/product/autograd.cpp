@@ -5,7 +5,6 @@
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/ops/index_add.h>
-#include <ATen/ops/zeros.h>
 
 #include "prepacked.h"
 #include "rules.h"
@@ -70,7 +69,7 @@ struct Matrix {
       return std::vector<c10::SymInt>{c10::multiply_integers(lead), matrix[0], matrix[1]};
     };
     const auto options = each.options().dtype(sum_type(each));
-    return at::zeros_symint(flat(sizes.slice(0, sizes.size() - 2)), options)
+    return each.new_zeros_symint(flat(sizes.slice(0, sizes.size() - 2)), options)
         .index_add(0, lhs_indices->expand_symint(batch).flatten(),
                    each.to(options.dtype()).reshape_symint(flat(batch)))
         .to(each.scalar_type())
