@@ -54,7 +54,7 @@ template <typename T, typename O, uint M>
 
   const uint row = thread_index / 2, part = thread_index % 2;
   const bool inside = n0 + row < p.n;
-  packed += (matrices.w * p.n + n0 + row) * words;
+  packed += (matrices.w * p.n + (inside ? n0 + row : 0)) * words;
   const uint first_level = (matrices.w * p.n + n0 + row) * groups;
   device T* x_rows = (device T*)(x + (matrices.x * p.m + m0) * p.k);
 
@@ -67,13 +67,16 @@ template <typename T, typename O, uint M>
     if (sum.is_valid_element(i)) sum[i] = 0.0f;
   }
   TileLevels<T> levels = {T(0.0f), T(0.0f)};
+  uint held = 0;
   for (uint word = begin; word < end; word++) {
+    if ((word - begin) % 2 == 0) held = hold_word<2>(packed, word, end, thread_index);
     if (inside && ((word & group_mask) == 0 || word == begin)) {
       const uint level = first_level + (word >> p.group_shift);
       levels = tile_levels<T>(read_levels(scales, biases, level));
     }
     threadgroup T* tile = (threadgroup T*)memory + (word & 1) * half_elements;
-    load_half_word(tile + row * stride, inside ? packed[word] : 0u, levels, part);
+    load_half_word(tile + row * stride, held_word<2>(held, word - begin, thread_index), levels,
+                   part);
     // One barrier a step: the half that is filled next was multiplied before this one.
     threadgroup_barrier(mem_flags::mem_threadgroup);
     // Rows of x past the last count as zeros: the operation minds the extents.

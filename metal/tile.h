@@ -159,6 +159,7 @@ inline void product_tile(const device T* x,
   }
   const uint w_row = extent.n0 + thread_index / 4;
   const bool w_inside = w_row < p.n;
+  const device uint* packed = w.packed + (w_inside ? w_row : 0) * words;
   const uint group_mask = (1u << p.group_shift) - 1;
 
   simdgroup_float8x8 sum[I][2];
@@ -169,17 +170,19 @@ inline void product_tile(const device T* x,
   }
   Levels levels = {0.0f, 0.0f};
   TileLevels<E> in_tile = tile_levels<E>(levels);
+  uint held = 0;
   for (uint word = extent.word_begin; word < extent.word_end; word++) {
+    const uint step = word - extent.word_begin;
+    if (step % 4 == 0) held = hold_word<4>(packed, word, extent.word_end, thread_index);
     // Read once per group and kept in registers over its words.
     if (w_inside && ((word & group_mask) == 0 || word == extent.word_begin)) {
       const uint level = w.first_level + w_row * groups + (word >> p.group_shift);
       levels = read_levels(w.scales, w.biases, level);
       in_tile = tile_levels<E>(levels);
     }
-    const uint bits = w_inside ? w.packed[w_row * words + word] : 0u;
     const Tiles<E> tiles = tiles_of<E, I>(memory, word & 1);
     load_x<E, I>(tiles.x, x, rows, word * kWordBits, thread_index);
-    load_w(tiles.w, bits, in_tile, thread_index);
+    load_w(tiles.w, held_word<4>(held, step, thread_index), in_tile, thread_index);
     // One barrier a step: the half that is filled next was multiplied before this one.
     threadgroup_barrier(mem_flags::mem_threadgroup);
     multiply_tiles<E, I>(tiles, simdgroup, sum);

@@ -1,4 +1,5 @@
-// Tiles of weights in threadgroup memory: the two levels of a group, and how far rows are apart.
+// Tiles of weights in threadgroup memory: how far rows are apart, the two levels of a group, and
+// the words of a row.
 #pragma once
 #include "common.h"
 
@@ -18,4 +19,19 @@ template <typename E>
 inline TileLevels<E> tile_levels(Levels levels) {
   TileLevels<E> in_tile = {E(levels.bias), E(levels.scale + levels.bias)};
   return in_tile;
+}
+
+// A row of w is decoded by kThreads threads, each of which loads one of as many words; they hand
+// them around. The tile of x takes a line of w out of the L1 before the next step, which then needs
+// none.
+template <uint kThreads>
+inline uint hold_word(const device uint* row, uint first, uint end, uint thread_index) {
+  const uint mine = first + thread_index % kThreads;
+  return mine < end ? row[mine] : 0u;
+}
+// The word of step i.
+template <uint kThreads>
+inline uint held_word(uint held, uint i, uint thread_index) {
+  const uint lane = thread_index % kLanes / kThreads * kThreads + i % kThreads;
+  return simd_shuffle(held, ushort(lane));
 }

@@ -105,6 +105,31 @@ def test_a_defect_in_the_encoder_does_not_compile(defect, mutant):
     assert any(re.search(reason, words) for words in there), stderr
 
 
+GUARD = "if (@available(macOS 26.2, *)) return family >= kFirstTensorFamily;\n  return false;"
+# what guards Metal 4's operations, the versions of macOS that the compiled encoder asks for
+GUARDS = {
+    "as it is": (GUARD, [(15, 0), (26, 2)]),
+    "no guard": ("return family >= kFirstTensorFamily;", [(15, 0)]),
+    "an older system": (GUARD.replace("26.2", "26.0"), [(15, 0), (26, 0)]),
+}
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_tensor_operations_wait_for_a_system_that_has_them(guard, tmp_path):
+    """No compiler would mind: what is young has no name in older SDKs, and is a number here."""
+    text = (MPS / "encoder.mm").read_text()
+    assert text.count(GUARD) == 1
+    replacement, versions = GUARDS[guard]
+    output = ("-S", "-emit-llvm")
+    done, target = compile_mutant(
+        text.replace(GUARD, replacement), tmp_path, wheel("2.13.0"), output=output
+    )
+    assert done.returncode == 0, done.stderr
+    asked = r"@__isPlatformVersionAtLeast\(i32 1, i32 (\d+), i32 (\d+), i32 0\)"
+    found = {(int(a), int(b)) for a, b in re.findall(asked, target.read_text())}
+    assert sorted(found) == versions
+
+
 def test_the_encoder_asks_for_arc(tmp_path):
     original = (MPS / "encoder.mm").read_text()
     done, _ = compile_mutant(original, tmp_path, wheel("2.13.0"), arc=False)

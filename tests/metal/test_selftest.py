@@ -54,6 +54,8 @@ MUTANTS = {
     "qmm: end of a split": ("qmm.metal", "k_end / uint(kWordBits)", "p.k / uint(kWordBits)"),
     "qmm: second tile of rows": ("qmm.metal", "group.y * 16 * I", "group.y * 8 * I"),
     "tile: levels once": ("tile.h", "(word & group_mask) == 0 ||", "", "qmm"),
+    "tile: another thread's word": ("tile_levels.h", "kThreads + i % kThreads", "kThreads", "qmm"),
+    "tile: all hold the first word": ("tile_levels.h", "thread_index % kThreads;", "0;", "qmm"),
     "tile: no barrier": (
         "tile.h",
         "    threadgroup_barrier(mem_flags::mem_threadgroup);\n    multiply",
@@ -71,8 +73,8 @@ MUTANTS = {
     "qmm_tensor: levels once": ("qmm_tensor.metal", "(word & group_mask) == 0 ||", ""),
     "qmm_tensor: matrix of w": (
         "qmm_tensor.metal",
-        "packed += (matrices.w * p.n + n0 + row)",
-        "packed += (matrices.w * p.n + row)",
+        "(inside ? n0 + row : 0)",
+        "(inside ? row : 0)",
     ),
     "qmm_tensor: end of a split": (
         "qmm_tensor.metal",
@@ -167,6 +169,7 @@ ALSO = {
 }
 LIBRARIES = {
     "common.h": {"flip_bits": ["flip_bits"]},
+    "tile_levels.h": {"qmm": ["qmm", "sum_partials"]},
     "tile.h": {"qmm": ["qmm", "sum_partials"]},
     "sum_partials.metal": {"qvm, k": ["qvm", "sum_partials"]},
 }

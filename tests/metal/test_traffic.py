@@ -29,6 +29,21 @@ def test_weights_are_read_once_per_pass(m, n, k, group_size, transpose, why):
     assert t.ratio("biases") <= 1.1 * traffic.passes(m, transpose)
 
 
+# m, GPU, how often a line of packed words, of 32 steps, may leave the L1
+LINES = [
+    (32, "7:7", 8, "every fourth step"),
+    (64, "7:7", 8, "64 lines of x are all that the L1 holds"),
+    (64, "10:10", 16, "two threads hold a row, so every second step"),
+]
+
+
+@pytest.mark.parametrize("m, gpu, misses, why", LINES)
+def test_tiles_do_not_fetch_a_line_for_every_word(m, gpu, misses, why, monkeypatch):
+    monkeypatch.setenv("ONEBIT_FAKE_GPU", gpu)
+    t = traffic.measure(m, 64, 1024)
+    assert t.missed["packed"] <= misses * t.minimum["packed"]
+
+
 def test_qmv_shares_x_among_the_rows_of_a_simdgroup():
     t = traffic.measure(1, 64, 2560)
     assert t.read["x"] <= t.naive_x / 8
