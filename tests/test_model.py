@@ -2,6 +2,7 @@
 
 import inspect
 import tempfile
+from functools import partial
 
 import pytest
 import torch
@@ -252,14 +253,25 @@ SURGERY += ["quantize_", "symmetrize_"]
 CHANGES = ["thaw_levels_", "thaw_lora_", "unprepack_"]  # of layers that stay
 
 
+# argument of every in-place function, what is refused, the error
+REFUSED = {
+    "model": (lambda f: f(torch.randn(3)), "model must be an nn.Module, got"),
+    "filter_fn": (lambda f: f(Model(), filter_fn="odd"), "filter_fn must be callable, got"),
+    "skip": (lambda f: f(Model(), skip="odd"), "skip must be .*, got"),
+}
+
+
 @pytest.mark.parametrize("name", SURGERY + CHANGES)
 @pytest.mark.filterwarnings("ignore:(prepack_|symmetrize_) swapped nothing")
 def test_in_place_functions_have_one_convention(name):
     function = getattr(torch_onebit, name)
-    parameters = inspect.signature(function).parameters
+    signature = inspect.signature(function)
+    parameters = signature.parameters
     assert next(iter(parameters)) == "model"
-    wanted = ["filter_fn", "skip"] + ["progress"] * (name in SURGERY)
-    assert all(parameters[p].kind is inspect.Parameter.KEYWORD_ONLY for p in wanted)
+    for wanted in ("filter_fn", "skip", "progress"):
+        assert parameters[wanted].kind is inspect.Parameter.KEYWORD_ONLY
+    assert parameters["progress"].default is True and parameters["filter_fn"].default is None
+    assert signature.return_annotation in (nn.Module, "nn.Module")
     made = []
 
     def call(model, *arguments, **options):
@@ -267,6 +279,16 @@ def test_in_place_functions_have_one_convention(name):
         return function(model, *arguments, **options)
 
     assert CALLS[name](call) is made[0]
+
+
+@pytest.mark.parametrize("name", SURGERY + CHANGES)
+@pytest.mark.parametrize("argument", REFUSED)
+def test_in_place_functions_refuse_in_the_same_words(name, argument):
+    function = getattr(torch_onebit, name)
+    call, message = REFUSED[argument]
+    batches = {"batches": [torch.arange(3)]} if name == "calibrate_" else {}
+    with pytest.raises(TypeError, match=message):
+        call(partial(function, **batches))
 
 
 def test_every_in_place_function_is_in_that_list():

@@ -10,7 +10,7 @@ from torch import nn
 from torch_onebit.checks import check_model
 from torch_onebit.lora import LoRALinear
 from torch_onebit.nn import OneBitModule, PrepackedLinear
-from torch_onebit.surgery import FilterFn, chosen_layers
+from torch_onebit.surgery import FilterFn, change_
 
 
 def thaw_levels_(
@@ -19,6 +19,7 @@ def thaw_levels_(
     *,
     filter_fn: FilterFn | None = None,
     skip: Iterable[str] = (),
+    progress: bool = True,
 ) -> nn.Module:
     """Make scales and biases of 1-bit layers trainable, in place; the bits stay frozen.
 
@@ -28,7 +29,7 @@ def thaw_levels_(
         model: a model with 1-bit layers, or one of them.
         requires_grad: False to freeze them again.
         filter_fn: ``filter_fn(module, name)`` is false to leave the layer as it is.
-        skip: patterns of names to leave, as in ``quantize_``.
+        skip, progress: as in ``quantize_``.
     Returns:
         model.
     Raises:
@@ -36,13 +37,23 @@ def thaw_levels_(
     Warns:
         UserWarning: a pattern of skip that no layer matches.
     """
-    for layer in chosen_layers(model, OneBitModule, filter_fn, skip):
+
+    def thaw(layer: OneBitModule) -> None:
         if isinstance(layer, PrepackedLinear) and not requires_grad:
-            continue  # its levels are frozen
+            return  # its levels are frozen
         for levels in (layer.scales, layer.biases):
             if levels is not None:
                 levels.requires_grad_(requires_grad)
-    return model
+
+    return change_(
+        "thaw_levels_",
+        model,
+        OneBitModule,
+        thaw,
+        filter_fn=filter_fn,
+        skip=skip,
+        progress=progress,
+    )
 
 
 def thaw_lora_(
@@ -51,19 +62,24 @@ def thaw_lora_(
     *,
     filter_fn: FilterFn | None = None,
     skip: Iterable[str] = (),
+    progress: bool = True,
 ) -> nn.Module:
     """Make the low-rank products of a model trainable, in place, after it was frozen as a whole.
 
     Args:
         model: a model with ``LoRALinear`` layers, or one of them.
-        requires_grad, filter_fn, skip: as in ``thaw_levels_``.
+        requires_grad, filter_fn, skip, progress: as in ``thaw_levels_``.
     Returns:
         model.
     """
-    for layer in chosen_layers(model, LoRALinear, filter_fn, skip):
+
+    def thaw(layer: LoRALinear) -> None:
         layer.lora_a.requires_grad_(requires_grad)
         layer.lora_b.requires_grad_(requires_grad)
-    return model
+
+    return change_(
+        "thaw_lora_", model, LoRALinear, thaw, filter_fn=filter_fn, skip=skip, progress=progress
+    )
 
 
 def parameter_groups(

@@ -8,7 +8,7 @@ from torch import nn
 
 from torch_onebit.checks import check_model
 from torch_onebit.nn import OneBitLinear, OneBitModule, PrepackedLinear
-from torch_onebit.surgery import FilterFn, chosen_layers, swap_
+from torch_onebit.surgery import FilterFn, change_, swap_
 
 
 def prepack_(
@@ -69,14 +69,18 @@ def _is_canonical(module: nn.Module) -> bool:
 
 
 def unprepack_(
-    model: nn.Module, *, filter_fn: FilterFn | None = None, skip: Iterable[str] = ()
+    model: nn.Module,
+    *,
+    filter_fn: FilterFn | None = None,
+    skip: Iterable[str] = (),
+    progress: bool = True,
 ) -> nn.Module:
     """Have prepacked layers hold weight, scales and biases again, in place.
 
     Args:
         model: a model with prepacked layers, or one of them.
         filter_fn: ``filter_fn(module, name)`` is false to leave the layer as it is.
-        skip: patterns of names to leave, as in ``quantize_``.
+        skip, progress: as in ``quantize_``.
     Returns:
         model.
     Raises:
@@ -84,6 +88,12 @@ def unprepack_(
     Warns:
         UserWarning: a pattern of skip that no layer matches.
     """
-    for layer in chosen_layers(model, PrepackedLinear, filter_fn, skip):
-        layer.unprepack()
-    return model
+    return change_(
+        "unprepack_",
+        model,
+        PrepackedLinear,
+        PrepackedLinear.unprepack,
+        filter_fn=filter_fn,
+        skip=skip,
+        progress=progress,
+    )

@@ -158,8 +158,7 @@ class Surgery:
         return options
 
     def progress(self, show: bool) -> Iterator[Job]:
-        """The jobs, with a progress bar when they take more than a moment."""
-        bar = tqdm(self.jobs, self.step, unit="layer", delay=1, disable=None if show else True)
+        bar = _bar(self.jobs, self.step, show)
         for job in bar:
             bar.set_postfix_str(job.name, refresh=False)
             yield job
@@ -263,6 +262,27 @@ def chosen_layers(
             layers.append(layer)
     _warn_unused(unused)
     return layers
+
+
+def change_(
+    step: str,
+    model: nn.Module,
+    kind: type[nn.Module],
+    change: Callable[[Any], object],
+    *,
+    filter_fn: FilterFn | None,
+    skip: Iterable[str],
+    progress: bool,
+) -> nn.Module:
+    """Change the layers of a kind that filter_fn and skip do not leave out; returns model."""
+    for layer in _bar(chosen_layers(model, kind, filter_fn, skip), step, progress):
+        change(layer)
+    return model
+
+
+def _bar(work: list[Any], step: str, show: bool) -> tqdm:
+    """The work, with a progress bar when it takes more than a moment."""
+    return tqdm(work, step, unit="layer", delay=1, disable=None if show else True)
 
 
 def _check_choice(model: nn.Module, filter_fn: FilterFn | None, skip: Iterable[str] | None) -> None:
