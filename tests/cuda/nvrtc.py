@@ -29,10 +29,19 @@ class Kernel:
 class Program:
     log: str
     kernels: dict[str, Kernel]
+    code: bytes
 
 
 class CompileError(Exception):
     """The compiler refused; the message is its own."""
+
+
+def machine_code(program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    library().nvrtcGetCUBINSize(program, ctypes.byref(size))
+    code = ctypes.create_string_buffer(size.value)
+    library().nvrtcGetCUBIN(program, code)
+    return code.raw
 
 
 def compile_program(text: str, architecture: str, options: tuple[str, ...]) -> Program:
@@ -46,6 +55,7 @@ def compile_program(text: str, architecture: str, options: tuple[str, ...]) -> P
     lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
     log = ctypes.create_string_buffer(size.value)
     lib.nvrtcGetProgramLog(program, log)
+    code = machine_code(program) if result == 0 else b""
     lib.nvrtcDestroyProgram(ctypes.byref(program))
     if result != 0:
         raise CompileError(log.value.decode())
@@ -57,4 +67,4 @@ def compile_program(text: str, architecture: str, options: tuple[str, ...]) -> P
             kernels[name] = Kernel(0, int(spill[1]) + int(spill[2]))
         if used := re.search(r"Used (\d+) registers", line):
             kernels[name].registers = int(used[1])
-    return Program(log.value.decode(), kernels)
+    return Program(log.value.decode(), kernels, code)

@@ -3,6 +3,9 @@
 #include <cstddef>
 #include <cstdint>
 
+// Too large for a fiber's stack.
+#define EMU_SCRATCH static
+
 namespace emu {
 
 struct Size3 {

@@ -93,8 +93,13 @@ void call(void (*kernel)(P...), S... sources) {
 
 template <class Declaration, class T>
 T& threadgroup(const char* name) {
+#ifdef __CUDACC_RTC__
+  __shared__ alignas(16) unsigned char memory[sizeof(T)];
+  return reinterpret_cast<T&>(memory);
+#else
   static char key;
   return *static_cast<T*>(threadgroup_variable(&key, sizeof(T), alignof(T), name));
+#endif
 }
 
 }  // namespace emu

@@ -131,7 +131,7 @@ class matmul2d {
     const int first = sum.get_multidimensional_index(0)[1];
     const int last = sum.get_multidimensional_index(sum.get_capacity() - 2)[1];
     const int column0 = sum.get_multidimensional_index(0)[0];
-    static float a[kM][kK], b[4][kK];  // of the running thread: a fiber does not stop below
+    EMU_SCRATCH float a[kM][kK], b[4][kK];  // of the running thread: a fiber does not stop below
     for (int k = 0; k < kK; k++) {
       for (int i = first; i <= last; i++) a[i][k] = kLeft ? left.at(i, k) : left.at(k, i);
       for (int j = 0; j < 4; j++) {
