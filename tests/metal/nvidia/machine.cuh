@@ -111,18 +111,18 @@ constexpr bool is_floating_point_v =
     is_same_v<remove_cv_t<T>, float> || is_same_v<remove_cv_t<T>, double>;
 template <class T>
 constexpr bool is_integral_v = false;
-#define EMU_INTEGER(S, U)                      \
-  template <>                                  \
+#define EMU_INTEGER(S, U)                        \
+  template <>                                    \
   inline constexpr bool is_integral_v<S> = true; \
-  template <>                                  \
+  template <>                                    \
   inline constexpr bool is_integral_v<U> = true; \
-  template <>                                  \
-  struct make_unsigned<S> {                    \
-    using type = U;                            \
-  };                                           \
-  template <>                                  \
-  struct make_unsigned<U> {                    \
-    using type = U;                            \
+  template <>                                    \
+  struct make_unsigned<S> {                      \
+    using type = U;                              \
+  };                                             \
+  template <>                                    \
+  struct make_unsigned<U> {                      \
+    using type = U;                              \
   };
 template <class T>
 struct make_unsigned;
@@ -179,8 +179,7 @@ template <class... A>
 }
 
 inline Thread thread_state() {
-  const uint32_t index =
-      threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+  const uint32_t index = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
   return {{threadIdx.x, threadIdx.y, threadIdx.z}, index, index % 32, index / 32};
 }
 inline uint32_t threads_here() { return blockDim.x * blockDim.y * blockDim.z; }
@@ -193,8 +192,13 @@ inline uint32_t lanes_here() {
 inline Dispatch dispatch() {
   const Size3 block = {blockDim.x, blockDim.y, blockDim.z};
   const Size3 grid = {gridDim.x * block.x, gridDim.y * block.y, gridDim.z * block.z};
-  return {bindings.buffer, bindings.length, {blockIdx.x, blockIdx.y, blockIdx.z},
-          {gridDim.x, gridDim.y, gridDim.z}, block, block, grid};
+  return {bindings.buffer,
+          bindings.length,
+          {blockIdx.x, blockIdx.y, blockIdx.z},
+          {gridDim.x, gridDim.y, gridDim.z},
+          block,
+          block,
+          grid};
 }
 
 inline void threadgroup_barrier(unsigned, int, const char*) { __syncthreads(); }
@@ -202,8 +206,8 @@ inline void simdgroup_barrier(unsigned, int, const char*) { __syncwarp(lanes_her
 
 constexpr size_t kSlotBytes = 64;
 extern __shared__ __align__(64) unsigned char exchanged[];  // 2 KB a warp
-inline const unsigned char* simd_exchange(const void* value, size_t size, uint32_t, int,
-                                          const char*, uint32_t* active) {
+inline const unsigned char* simd_exchange(
+    const void* value, size_t size, uint32_t, int, const char*, uint32_t* active) {
   const Thread thread = thread_state();
   unsigned char* slots = exchanged + thread.simdgroup * 32 * kSlotBytes;
   *active = lanes_here();
