@@ -59,6 +59,22 @@ CASES = [
         Case("outliers of 10000.0", "high is 0", "all set", n=256, transpose=False),
         "outliers meet 0",
     ),
+    (
+        Case("alternating", "low is 0", "one set", m=33, n=128, groups=2, transpose=False),
+        "neighbours cancel",
+    ),
+    (
+        Case("alternating", "one sign", "all clear", group=64, n=128, groups=2, transpose=False),
+        "neighbours cancel, columns alike",
+    ),
+    (
+        Case("over many magnitudes", "high is near 0", "one set", group=32, m=9, transpose=False),
+        "small levels",
+    ),
+    (
+        Case("sharp softmax", "low is 0", "random", m=2, n=128, transpose=False),
+        "values too far apart for integers",
+    ),
 ]
 
 
@@ -93,6 +109,8 @@ GRADIENTS = [
     ("sorted", "outliers among positives", "all set", "sums that cancel, rows that do not"),
     ("alternating", "sorted", "one clear elsewhere", "both cancel"),
     ("outliers of 16.0", "random", "random, clear at outliers", "outliers the bits leave out"),
+    ("relu", "alternating", "random, clear at outliers", "sums of groups all positive"),
+    ("a constant", "outliers among positives", "one clear elsewhere", "roundings all alike"),
 ]
 
 

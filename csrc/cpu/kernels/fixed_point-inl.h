@@ -198,29 +198,52 @@ class Levels {
   Vec scale_, bias_;
 };
 
+// A vector of floats or integers as two of doubles.
+template <class L>
+struct Halves {
+  static constexpr int kCount = L::kLanes / 2;
+  typedef double Doubles __attribute__((vector_size(kCount * sizeof(double))));
+
+  Doubles half[2];
+
+  ONEBIT_INLINE explicit Halves(const double* p) { std::memcpy(half, p, sizeof half); }
+  ONEBIT_INLINE explicit Halves(typename L::Vec v) { convert<float>(v); }
+  ONEBIT_INLINE explicit Halves(typename L::Ints v) { convert<int32_t>(v); }
+
+  ONEBIT_INLINE void store(double* p) const { std::memcpy(p, half, sizeof half); }
+  ONEBIT_INLINE void add(const Halves& v, double factor) {
+    for (int i = 0; i < 2; ++i) half[i] += v.half[i] * factor;
+  }
+  ONEBIT_INLINE void add(const Halves& v, const Halves& factor) {
+    for (int i = 0; i < 2; ++i) half[i] += v.half[i] * factor.half[i];
+  }
+
+ private:
+  template <class T, class V>
+  ONEBIT_INLINE void convert(V v) {
+    typedef T Some __attribute__((vector_size(kCount * sizeof(T))));
+    Some some[2];
+    std::memcpy(some, &v, sizeof some);
+    for (int i = 0; i < 2; ++i) half[i] = __builtin_convertvector(some[i], Doubles);
+  }
+};
+
 // The same in double, for any levels. Where the values of a group are of one sign, products of
 // groups are large and may cancel; what rounding them in float costs is then too much.
 template <class L>
 class DoubleLevels {
  public:
-  ONEBIT_INLINE DoubleLevels(typename L::Vec scale, typename L::Vec bias) {
-    alignas(64) float scales[L::kLanes], biases[L::kLanes];
-    L::store(scales, scale);
-    L::store(biases, bias);
-    for (int i = 0; i < 2; ++i) {
-      scale_[i] = convert<float>(scales + i * kCount);
-      bias_[i] = convert<float>(biases + i * kCount);
-    }
-  }
+  ONEBIT_INLINE DoubleLevels(typename L::Vec scale, typename L::Vec bias)
+      : scale_(scale), bias_(bias) {}
 
   // to[L::kLanes] += the product of one group.
   ONEBIT_INLINE void add(double* to, typename L::Ints sums, double unit, double group) const {
-    alignas(64) int32_t difference[L::kLanes];
-    L::store_ints(difference, sums);
+    using Doubles = typename Halves<L>::Doubles;
+    const Halves<L> difference(sums);
     ONEBIT_UNROLL
-    for (int i = 0; i < 2; ++i, to += kCount) {
-      Doubles set = scale_[i] * (convert<int32_t>(difference + i * kCount) + group);
-      Doubles all = bias_[i] * (2 * group), sum;
+    for (int i = 0; i < 2; ++i, to += Halves<L>::kCount) {
+      Doubles set = scale_.half[i] * (difference.half[i] + group);
+      Doubles all = bias_.half[i] * (2 * group), sum;
       asm("" : ONEBIT_VECTOR(set), ONEBIT_VECTOR(all));  // no fma: what cancels shall give 0
       std::memcpy(&sum, to, sizeof sum);
       sum += unit * (set + all);
@@ -229,18 +252,7 @@ class DoubleLevels {
   }
 
  private:
-  static constexpr int kCount = L::kLanes / 2;
-  typedef double Doubles __attribute__((vector_size(kCount * sizeof(double))));
-
-  template <class T>
-  static ONEBIT_INLINE Doubles convert(const T* from) {
-    typedef T Some __attribute__((vector_size(kCount * sizeof(T))));
-    Some v;
-    std::memcpy(&v, from, sizeof v);
-    return __builtin_convertvector(v, Doubles);
-  }
-
-  Doubles scale_[2], bias_[2];
+  Halves<L> scale_, bias_;
 };
 
 }  // namespace

@@ -26,7 +26,7 @@ ONEBIT_INLINE void with_words(int group_size, const F& f) {
 }
 
 // S::Stream: lookups for one row of x; S::Panel: for many; S::Stream16 and S::Panel16 serve x of 16
-// bits. S::Sums: of floats; S::NarrowSums: the same in a tile of at most 32 columns.
+// bits. S::NarrowPanel: S::Panel in a tile of at most 32 columns; S::Sums: of floats.
 template <class S>
 struct Table {
   // Columns whose tables over all of k fit L2.
@@ -57,9 +57,9 @@ struct Table {
   static void qmm_n(const QmmArgs& a, const Block& block) {
     if (is_empty(block)) return;
     if (needs_scalar(a)) return kScalarKernels.qmm_n(a, block);
-    if (a.w.group_size == 128) return qmm_n_panels<typename S::Sums, 128>(a, block);
-    if (a.w.group_size == 64) return qmm_n_panels<typename S::Sums, 64>(a, block);
-    return qmm_n_panels<typename S::NarrowSums, 32>(a, block);
+    if (a.w.group_size == 128) return qmm_n_panels<typename S::Panel, 128>(a, block);
+    if (a.w.group_size == 64) return qmm_n_panels<typename S::Panel, 64>(a, block);
+    return qmm_n_panels<typename S::NarrowPanel, 32>(a, block);
   }
 
   static void affine_grad(const AffineGradArgs& a,

@@ -23,7 +23,7 @@ struct Shapes {
   using Stream = LookupAvx2<4, Integers>;
   using Panel = LookupAvx2<2, Integers>;
   using Sums = LookupAvx2<2, Chosen>;
-  using NarrowSums = Sums;
+  using NarrowPanel = Panel;
   using Stream16 = LookupAvx2Int16<2>;
   using Panel16 = LookupAvx2Int16<1>;
   static constexpr int kTile = 64;

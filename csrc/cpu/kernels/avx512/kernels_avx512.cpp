@@ -36,7 +36,7 @@ struct Shapes {
   using Stream = LookupAvx512<8, Integers>;
   using Panel = LookupAvx512<4, Integers>;
   using Sums = LookupAvx512<4, Chosen>;
-  using NarrowSums = LookupAvx512<2, Chosen>;
+  using NarrowPanel = LookupAvx512<2, Integers>;
   using Stream16 = LookupAvx512Int16<4>;
   using Panel16 = LookupAvx512Int16<4>;
   static constexpr int kTile = 64;

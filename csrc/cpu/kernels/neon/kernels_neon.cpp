@@ -22,7 +22,7 @@ struct Shapes {
   using Stream16 = Stream;
   using Panel16 = Stream;
   using Sums = LookupNeon<4, Chosen>;
-  using NarrowSums = Sums;
+  using NarrowPanel = Panel;
   static constexpr int kTile = 64;
 };
 
