@@ -146,11 +146,61 @@ def test_other_forms_stay_float_and_say_why(form, reason):
         OneBitExperts.from_experts(model.experts)
 
 
-def test_a_model_with_float_experts_says_who_takes_them():
-    model = calibrate_(build(), [FEW], group_size=32, skip=["layers.1"], progress=False)
-    reasons = {row.name: row.reason for row in report(model).left}
-    why = "experts: quantize_ and prepare_qat_ take them"
-    assert reasons["model.layers.0.mlp.experts.down_proj"] == why
+MIXTURES = [  # model_type, options, why
+    ("qwen3_moe", {}, "the plain case"),
+    ("qwen3_moe", {"symmetric": True}, "no biases"),
+    ("qwen3_moe", {"group_size": 128}, "columns that fill no group"),
+    ("mixtral", {}, "another router"),
+    ("qwen2_moe", {}, "a shared expert is given the same inputs"),
+]
+
+
+@pytest.mark.parametrize("kind, options, why", MIXTURES, ids=[m[-1] for m in MIXTURES])
+def test_calibrated_experts_are_nearer_to_the_float_ones(kind, options, why):
+    sizes = {"num_local_experts": 4, "shared_expert_intermediate_size": 64}
+    dense = build(kind, num_hidden_layers=1, **sizes)
+    options = {
+        "group_size": 32,
+        "progress": False,
+        "skip": ["embed_tokens", "self_attn"],
+        **options,
+    }
+    batches = [torch.randint(80, (8, 32)) for _ in range(2)]
+    models = {
+        "float": dense,
+        "plain": quantize_(copy.deepcopy(dense), **options),
+        "calibrated": calibrate_(copy.deepcopy(dense), batches, **options),
+    }
+    outputs = {}
+    for name, model in models.items():
+        keep = lambda module, x, y, name=name: outputs.update({name: y})
+        model.model.layers[0].mlp.experts.register_forward_hook(keep)
+        with torch.no_grad():
+            model(batches[0])
+    plain, calibrated = (
+        float((outputs[name] - outputs["float"]).square().sum() / outputs["float"].square().sum())
+        for name in ("plain", "calibrated")
+    )
+    assert calibrated < 0.8 * plain
+    experts = models["calibrated"].model.layers[0].mlp.experts
+    assert experts.symmetric == options.get("symmetric", False)
+    (row,) = (r for r in report(models["calibrated"]).layers if r.name.endswith("mlp.experts"))
+    assert row.kind == "OneBitExperts"
+    assert row.output_error == pytest.approx(calibrated, rel=0.1)  # of both batches
+
+
+def test_experts_without_rows_are_made_without_data(tmp_path):
+    dense, ids = build(), torch.tensor([[7]])  # one token: two of four experts have rows
+    options = {"group_size": 32, "progress": False, "checkpoint": tmp_path}
+    model = calibrate_(copy.deepcopy(dense), [ids], **options)
+    plain = quantize_(copy.deepcopy(dense), group_size=32)
+    notes = {row.name: row.note for row in report(model).layers}
+    assert notes["model.layers.0.mlp.experts"] == "2 of 4 experts without rows"
+    ours, theirs = (m.model.layers[0].mlp.experts.up_proj.weight for m in (model, plain))
+    same = [torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)]
+    assert sum(same) == 2
+    assert_same(calibrate_(copy.deepcopy(dense), [ids], **options), model)  # from the files
+    assert len(list(tmp_path.iterdir())) == len(report(model).layers)
 
 
 QAT = [  # (the model, options of prepare_qat_, parameters of the experts)

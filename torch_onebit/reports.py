@@ -248,7 +248,7 @@ def _why(module: nn.Module, parameter: Tensor) -> str:
     if isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag):
         return f"{kind} is a class of its own: whoever made it may read its weight"
     if is_experts(module):
-        return experts_obstacle(module) or "experts: quantize_ and prepare_qat_ take them"
+        return experts_obstacle(module) or "no step was about it"
     if isinstance(module, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weights itself"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_onebit.calibration.batches import Call
-from torch_onebit.calibration.running import Reached, run
+from torch_onebit.calibration.running import calls_of, run
 
 Route = tuple[tuple[str, int], ...]  # (chain, block of it), outermost first
 
@@ -86,20 +86,7 @@ def _hidden(output: Any) -> Any:
 
 def _inputs_of(module: nn.Module, block: nn.Module, call: Call) -> Call:
     """What block is called with when module runs."""
-    calls: list[Call] = []
-
-    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args, kwargs))
-        raise Reached
-
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        run(module, call)
-    except Reached:
-        pass
-    finally:
-        handle.remove()
-    return calls[0]
+    return calls_of(module, block, 1, call)[0]
 
 
 @dataclass

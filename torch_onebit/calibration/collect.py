@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from torch_onebit.calibration.batches import Call
-from torch_onebit.calibration.chains import Passes
+from torch_onebit.calibration.chains import Passes, Route
+from torch_onebit.calibration.experts import Routed
 from torch_onebit.calibration.jobs import Job, put
 from torch_onebit.calibration.moments import InputMoments, OutputMoments
-from torch_onebit.calibration.running import Replay, run, standing_in, watch
+from torch_onebit.calibration.running import Replay, calls_of, run, standing_in, watch
 from torch_onebit.calibration.survey import Survey
 from torch_onebit.linear_algebra import not_finite
 
@@ -65,10 +66,7 @@ class Collector:
             self._look_ahead(group, upcoming)
         given = {name: self.given.pop(name) for name in names}
         use = self.seen.uses[names[0]]
-        module, calls = self.working_passes.reach(use.route)
-        if self.block != use.route[:1]:
-            self.block = use.route[:1]
-            self.replay.clear()
+        module, calls = self._reach(use.route)
         sums = _Sums(group)
         for batch, call in enumerate(calls):
             counts = self._counts(names, batch)
@@ -93,6 +91,32 @@ class Collector:
             note = "inputs of the float model: the 1-bit one goes elsewhere"
             return *self._of_float_model(group), note
         return sums.inputs, sums.outputs, ""
+
+    def routed(self, job: Job) -> Routed:
+        """What experts are called with, in all batches."""
+        use = self.seen.uses[job.name]
+        if use.loops:
+            model, module, calls = self.reference, self.reference, self.calls
+        else:
+            model = self.working
+            module, calls = self._reach(use.route)
+        found: list[Routed] = []
+        for batch, call in enumerate(calls):
+            if use.counts[batch]:
+                frozen = {} if use.loops else self._frozen_before([job.name], batch)
+                with self.replay.through(frozen, batch):
+                    experts = model.get_submodule(job.name)
+                    made = calls_of(module, experts, use.counts[batch], call)
+                found += [_routing(*args, **kwargs) for args, kwargs in made]
+        return Routed(*(torch.cat(tensors) for tensors in zip(*found, strict=True)))
+
+    def _reach(self, route: Route) -> tuple[nn.Module, list[Call]]:
+        """The block of the 1-bit model at the end of a route, and its calls."""
+        module, calls = self.working_passes.reach(route)
+        if self.block != route[:1]:
+            self.block = route[:1]
+            self.replay.clear()
+        return module, calls
 
     def installed(self, job: Job, new: nn.Module) -> None:
         """Make new the layer of the working model."""
@@ -177,6 +201,10 @@ class Collector:
                 )
                 sums.check(batch, sum(counts.values()))
         return sums.inputs, sums.outputs
+
+
+def _routing(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Routed:
+    return Routed(hidden_states.flatten(0, -2), top_k_index, top_k_weights)
 
 
 class _Sums:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from torch_onebit import surgery
+from torch_onebit.calibration.experts import packed as packed_experts
 from torch_onebit.calibration.layer import Result
-from torch_onebit.float_layers import is_embedding, is_linear, obstacle
+from torch_onebit.float_layers import is_embedding, is_experts, is_linear, obstacle
 from torch_onebit.linear_algebra import not_finite
 from torch_onebit.lora import LoRALinear
 from torch_onebit.nn import OneBitEmbedding, OneBitLinear, tie
@@ -27,13 +28,22 @@ class Job:
         self.group_size: int = swap.options["group_size"]
         self.symmetric: bool = swap.options["symmetric"]
         self.reason = reason  # why it cannot be calibrated; empty when it can
+        self.experts = is_experts(swap.layer)
 
     @property
     def name(self) -> str:
         return self.names[0]
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """The float matrices."""
+        kept = self.layer._parameters
+        return [kept[name] for name in ("weight", "gate_up_proj", "down_proj") if name in kept]
+
     def make(self, result: Result) -> nn.Module:
         """The 1-bit layer; it shares nothing with the float one."""
+        if self.experts:
+            return packed_experts(self.layer, result, self.group_size)
         levels = result.packed, result.scales, result.biases
         options = {"group_size": self.group_size}
         if isinstance(self.layer, nn.Embedding):
@@ -65,7 +75,7 @@ def find_jobs(
     skip: Iterable[str] | None,
     defaults: dict[str, Any],
 ) -> tuple[Surgery, list[Job]]:
-    """Every linear layer and embedding that is not left out, and the operation that swaps them.
+    """Every layer that is not left out, and the operation that swaps them.
 
     Raises:
         ValueError: an option that is not allowed, or weights that are not finite.
@@ -73,7 +83,7 @@ def find_jobs(
     plan = Surgery(
         "calibrate_",
         model,
-        lambda module: is_linear(module) or is_embedding(module),
+        lambda module: is_linear(module) or is_embedding(module) or is_experts(module),
         check=lambda layer, options: obstacle(layer),
         defaults=defaults,
         filter_fn=filter_fn,
@@ -84,18 +94,18 @@ def find_jobs(
     for swap in plan.jobs:
         _check_finite(swap.layer, swap.name)
         reason = "embedding" if isinstance(swap.layer, nn.Embedding) else ""
-        if not swap.layer.weight.numel():
-            reason = "no weights"
+        job = Job(swap, reason)
+        if not all(w.numel() for w in job.weights):
+            job.reason = "no weights"
         elif not reason and swap.twins:
-            reason = "shared weight"
-        jobs.append(Job(swap, reason))
+            job.reason = "shared weight"
+        jobs.append(job)
     return plan, jobs
 
 
 def _check_finite(layer: nn.Module, name: str) -> None:
-    for kind in ("weight", "bias"):
-        values: Tensor | None = getattr(layer, kind, None)
-        if values is not None and not torch.isfinite(values).all():
+    for kind, values in layer.named_parameters(recurse=False):
+        if not torch.isfinite(values).all():
             raise ValueError(
                 f"model must have finite weights, got {not_finite(values)} in the {kind} of "
                 f"layer '{name}'"

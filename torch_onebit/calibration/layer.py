@@ -7,7 +7,7 @@ same side: ``H + d``, ``C + w d``, so that inputs that agree leave w as it is.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -32,14 +32,15 @@ from torch_onebit.solver import CalibrationOptions, solve
 class Result:
     """What one layer became; what a checkpoint keeps."""
 
-    packed: Tensor
-    scales: Tensor
+    packed: Tensor | None
+    scales: Tensor | None
     biases: Tensor | None
     weight_error: float
     output_error: float | None = None
     bias: Tensor | None = None
     lora_a: Tensor | None = None
     lora_b: Tensor | None = None
+    stacks: dict[str, tuple[Tensor | None, ...]] = field(default_factory=dict)  # of experts instead
     note: str = ""
     seconds: float = 0.0
 

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from torch_onebit.calibration.batches import as_calls
 from torch_onebit.calibration.checkpoint import Store
 from torch_onebit.calibration.collect import Collector
+from torch_onebit.calibration.experts import calibrate_experts
 from torch_onebit.calibration.jobs import Job, find_jobs, install, put
 from torch_onebit.calibration.layer import Normal, Result, calibrate_layer, without_data
 from torch_onebit.calibration.running import multiply_in_bfloat16
@@ -38,9 +39,10 @@ def calibrate_(
 ) -> nn.Module:
     """Quantize a model to 1 bit in place so that its outputs on batches change least.
 
-    nn.Linear layers are calibrated in the order they run; a layer with a bias also corrects the
-    mean of its outputs in it. A layer that is called several times is fitted to all its calls.
-    nn.Embedding, linear layers that share their weight and those that batches never reach are
+    nn.Linear layers, and experts of transformers' mixtures, are calibrated in the order they run; a
+    layer with a bias also corrects the mean of its outputs in it. A layer that is called several
+    times is fitted to all its calls, every expert to the rows that the router gives it.
+    nn.Embedding, linear layers that share their weight and whatever batches never reach are
     quantized by method "optimal" first. Deterministic. All or nothing: after an error or an
     interrupt the model is as it was.
 
@@ -65,7 +67,8 @@ def calibrate_(
             a dict of ``group_size`` and ``symmetric`` for this layer.
         skip: patterns of names to leave, as in ``quantize_``.
         lora_rank: put a low-rank product of this rank beside every calibrated layer
-            (``LoRALinear``) that makes up for most of the error left; 0 for none.
+            (``LoRALinear``) that makes up for most of the error left; 0 for none. Experts have
+            none.
         options: rounds, sweeps and damping of the solver.
         checkpoint: a folder for finished layers; a run with the same model, batches and options
             that was cut short goes on from there.
@@ -99,9 +102,10 @@ def calibrate_(
     new: dict[Job, nn.Module] = {}
     for group in visits:
         bar.start(group)
-        results = [store.load(len(new) + i, job.layer.weight.device) for i, job in enumerate(group)]
+        results = [store.load(len(new) + i, job.weights[0].device) for i, job in enumerate(group)]
         todo = [job for job, result in zip(group, results, strict=True) if result is None]
-        upcoming = [job for job in ordered[len(new) + len(group) :] if not job.reason]
+        later = ordered[len(new) + len(group) :]
+        upcoming = [job for job in later if not (job.reason or job.experts)]
         made = dict(_quantize(todo, upcoming, collector, options, lora_rank))
         for job, saved in zip(group, results, strict=True):
             result = saved or made[job]
@@ -138,7 +142,15 @@ def _quantize(
     if not group:
         return
     start = time.perf_counter()
-    if group[0].reason:
+    first = group[0]
+    if first.experts:
+        routed = None if first.reason else collector.routed(first)
+        result = calibrate_experts(first.layer, routed, first.group_size, first.symmetric, options)
+        result.note = result.note or first.reason
+        _, result.seconds = _lap(start)
+        yield first, result
+        return
+    if first.reason:
         for job in group:
             result = without_data(job.layer, job.group_size, job.symmetric, job.reason)
             start, result.seconds = _lap(start)
@@ -185,7 +197,8 @@ def _visits(jobs: list[Job], seen: Survey) -> list[list[Job]]:
         if name not in by_name:
             continue
         job, last = by_name[name], groups[-1] if groups else []
-        if seen.follows.get(name) in [other.name for other in last if not other.reason]:
+        same = [other.name for other in last if not (other.reason or other.experts)]
+        if seen.follows.get(name) in same and not job.experts:
             last.append(job)
         else:
             groups.append([job])
@@ -194,7 +207,7 @@ def _visits(jobs: list[Job], seen: Survey) -> list[list[Job]]:
 
 def _eval_copy(model: nn.Module, jobs: list[Job]) -> nn.Module:
     """A copy in eval mode that shares the weights to be quantized."""
-    shared = {id(job.layer.weight): job.layer.weight for job in jobs}
+    shared = {id(weight): weight for job in jobs for weight in job.weights}
     result = copy.deepcopy(model, shared).eval()
     for module in result.modules():
         if isinstance(module, nn.TransformerEncoder):  # nested tensors have no rows to sum over
@@ -204,7 +217,9 @@ def _eval_copy(model: nn.Module, jobs: list[Job]) -> nn.Module:
 
 def _cost(job: Job, seen: Survey, options: CalibrationOptions) -> float:
     """Multiply-adds of a layer, counted as often as they take longer than those of the passes."""
-    n, k = job.swap.shape
+    *count, n, k = job.swap.shape
+    if count:  # experts: as if each were given its share of the rows, twice
+        n *= count[0]
     if job.reason:
         return 50.0 * n * k
     rows, groups = seen.uses[job.name].rows, k / job.group_size

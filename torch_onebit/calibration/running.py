@@ -35,9 +35,28 @@ def _own(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
+def calls_of(module: nn.Module, inner: nn.Module, count: int, call: Call) -> list[Call]:
+    """The first so many calls of a module inside, when module runs."""
+    calls: list[Call] = []
+
+    def hook(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args, kwargs))
+        if len(calls) == count:
+            raise Reached
+
+    handle = inner.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        run(module, call)
+    except Reached:
+        pass
+    finally:
+        handle.remove()
+    return calls
+
+
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The x of a linear layer's call."""
-    return args[0] if args else kwargs["input"]
+    """The x of a call of a linear layer, or of experts."""
+    return args[0] if args else kwargs["input" if "input" in kwargs else "hidden_states"]
 
 
 def watch(
