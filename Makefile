@@ -40,6 +40,11 @@ check-cuda:
 	    --error-exitcode 1 $(PYTHON) tests/cuda/every_kernel.py || exit 1; \
 	done; done
 
+# What the emulated Metal does, for an NVIDIA GPU to repeat: tests/metal/nvidia/replay.py
+# build/metal_trace, there.
+metal-trace: build
+	$(BIN)/python tests/metal/nvidia/gpu_trace.py build/metal_trace
+
 # The CPU kernels alone, without torch: every table of this machine against the scalar one, buffers
 # ending at pages that may not be touched. The same under the sanitizers, and for 64-bit ARM in an
 # emulator (Debian: g++-aarch64-linux-gnu qemu-user).

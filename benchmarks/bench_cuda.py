@@ -1,8 +1,8 @@
 """Speed on an NVIDIA GPU: every product against torch's in the same dtype, and the card's limits.
 
 ``python benchmarks/bench_cuda.py`` prints the tables and writes ``benchmarks/results/cuda.json``;
-``--report`` renders that into ``docs/cuda.md``. Times are medians of CUDA-graph replays; the
-weights of products of few rows rotate out of the L2 cache, for both sides.
+``--report`` renders those of two GPUs into ``docs/cuda.md``. Times are medians of CUDA-graph
+replays; the weights of products of few rows rotate out of the L2 cache, for both sides.
 """
 
 import argparse
@@ -357,17 +357,19 @@ def line(row: Row) -> list[str]:
 HEADER = ["", "m x n x k", "us", "torch us", "ratio", "error, ours / torch's"]
 
 
-def report(results: dict) -> None:
+def report() -> None:
     """Write the tables between their marks of docs/cuda.md."""
-    limit = results["limits"]
-    where = (
-        f"{results['device']}, torch {results['torch']}; copy "
-        f"{limit['copy_bytes_per_second'] / 1e12:.2f} TB/s, bfloat16 8192³ "
-        f"{limit['bfloat16_flops'] / 1e12:.0f} TFLOP/s, a kernel of one element in a graph "
-        f"{limit['empty_kernel_us']:.1f} us."
-    )
-    table = pages.table(HEADER, [line(row) for row in results["rows"]])
-    pages.put(ROOT / "docs" / "cuda.md", "cuda", f"{where}\n\n{table}")
+    for mark, file in (("cuda", RESULTS), ("cuda h200", RESULTS.with_name("cuda_h200.json"))):
+        results = json.loads(file.read_text())
+        limit = results["limits"]
+        where = (
+            f"{results['device']}, torch {results['torch']}; copy "
+            f"{limit['copy_bytes_per_second'] / 1e12:.2f} TB/s, bfloat16 8192³ "
+            f"{limit['bfloat16_flops'] / 1e12:.0f} TFLOP/s, a kernel of one element in a graph "
+            f"{limit['empty_kernel_us']:.1f} us."
+        )
+        table = pages.table(HEADER, [line(row) for row in results["rows"]])
+        pages.put(ROOT / "docs" / "cuda.md", mark, f"{where}\n\n{table}")
 
 
 def main() -> None:
@@ -377,7 +379,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.report:
-        report(json.loads(args.output.read_text()))
+        report()
         return
     results = {
         "device": torch.cuda.get_device_name(),
