@@ -11,8 +11,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 
+if int(setuptools.__version__.partition(".")[0]) < 77:  # it would not understand pyproject.toml
+    raise SystemExit(
+        f"torch_onebit needs setuptools 77 or newer to build, and {setuptools.__version__} was "
+        "found.\n"
+        "    pip install 'setuptools>=77'\n"
+        "    pip install --no-build-isolation .\n"
+    )
 try:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
@@ -125,12 +133,10 @@ class BuildChecked(BuildExtension):
 
 
 def check_compiler(command: list[str]) -> None:
-    """Compile and link a C++17 program, as torch's BuildExtension would call the compiler."""
+    """Compile and link a C++20 program, as torch's BuildExtension would call the compiler."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
-        source.write_text(
-            "#include <optional>\nint main() { return std::optional<int>(0).value(); }\n"
-        )
+        source.write_text("#include <concepts>\nint main() { return std::same_as<int, long>; }\n")
         arguments = [*command, "-std=c++20", str(source), "-o", f"{folder}/probe"]
         try:
             found = subprocess.run(arguments, capture_output=True, text=True)
@@ -139,7 +145,7 @@ def check_compiler(command: list[str]) -> None:
             reason = str(error)
     if reason:
         raise SystemExit(
-            "torch_onebit needs a C++17 compiler to build its operators: install one (Debian and "
+            "torch_onebit needs a C++20 compiler to build its operators: install one (Debian and "
             "Ubuntu: apt install g++; macOS: xcode-select --install) or name it in CXX; "
             f"{shlex.join(command)} does not work: {reason.splitlines()[0]}"
         )

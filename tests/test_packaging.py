@@ -2,12 +2,14 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 from setuptools import Distribution
 
@@ -102,6 +104,14 @@ def distribution() -> Distribution:
 
 
 @needs_sources
+def test_an_old_setuptools_is_named(monkeypatch):
+    """That of the environments which Python 3.11 makes, where --no-build-isolation finds it."""
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    with pytest.raises(SystemExit, match="needs setuptools 77 or newer to build, and 65"):
+        runpy.run_path(str(ROOT / "setup.py"))
+
+
+@needs_sources
 def test_the_wheel_is_for_every_python_and_one_torch(distribution):
     wheel = distribution.get_command_obj("bdist_wheel")
     wheel.ensure_finalized()
@@ -135,5 +145,5 @@ def test_without_a_compiler_the_build_ends_in_one_sentence(
     with pytest.raises(SystemExit) as raised:
         build.run()
     text = str(raised.value)
-    assert re.search(rf"^torch_onebit needs a C\+\+17 compiler.*{reason}", text)
+    assert re.search(rf"^torch_onebit needs a C\+\+20 compiler.*{reason}", text)
     assert "\n" not in text
