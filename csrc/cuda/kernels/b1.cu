@@ -91,13 +91,6 @@ ONEBIT_KERNEL __launch_bounds__(128) planes(const __grid_constant__ ProductArgs 
   }
 }
 
-__device__ __forceinline__ void bmma(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-  asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5}, {%6}, "
-      "{%7,%7,%7,%7};"
-      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-      : "r"(a0), "r"(a1), "r"(b), "r"(0));
-}
-
 // The values of x at the set bits of one word.
 __device__ __forceinline__ Sum chosen_sum(const X* x, uint32_t word) {
   Sum sum = 0;

@@ -6,12 +6,11 @@
 //   ONEBIT_HAS_BIASES                     0: the symmetric form, bias = -scale / 2
 // and those that a file names for itself.
 #pragma once
-#include "../params.h"
+#include "instructions.cuh"
 
 using namespace onebit;
 
 #define ONEBIT_KERNEL extern "C" __global__ void
-#define ONEBIT_UNROLL _Pragma("unroll")
 
 struct Float {
   float value;
@@ -27,11 +26,7 @@ __device__ __forceinline__ float to_float(Float v) { return v.value; }
 __device__ __forceinline__ float to_float(BFloat v) {
   return __uint_as_float(uint32_t(v.bits) << 16);
 }
-__device__ __forceinline__ float to_float(Half v) {
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
-  return f;
-}
+__device__ __forceinline__ float to_float(Half v) { return float_of_half(v.bits); }
 template <class T>
 __device__ __forceinline__ T from_float(float v);
 template <>
@@ -40,15 +35,11 @@ __device__ __forceinline__ Float from_float<Float>(float v) {
 }
 template <>
 __device__ __forceinline__ Half from_float<Half>(float v) {
-  Half h;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(v));
-  return h;
+  return {half_of_float(v)};
 }
 template <>
 __device__ __forceinline__ BFloat from_float<BFloat>(float v) {
-  BFloat h;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h.bits) : "f"(v));
-  return h;
+  return {bfloat_of_float(v)};
 }
 
 template <class A, class B>
@@ -162,16 +153,4 @@ __device__ __forceinline__ Matrices find_matrices(const ProductArgs& p, uint32_t
   const int64_t x = p.x_index[b], w = p.w_index[b];
   const bool valid = x >= 0 && x < p.x_matrices && w >= 0 && w < p.w_matrices;
   return {valid ? x : 0, valid ? w : 0, valid};
-}
-
-// Programmatic dependent launch: without the launch attribute both do nothing.
-__device__ __forceinline__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }

@@ -26,18 +26,6 @@ constexpr int kSums = kParts == 3 ? 2 : 1;
 constexpr int kPairs = 4 * G;  // registers of 8 G values of 16 bits
 constexpr uint32_t kTwos = 0x40004000u;
 
-#if ONEBIT_X_IS_HALF
-#define ONEBIT_MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-#else
-#define ONEBIT_MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-#endif
-__device__ __forceinline__ void mma(
-    float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm(ONEBIT_MMA "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // A lane's quarter of a group: columns [0, 4 G) in the low half of a register, the rest in the
 // high.
 __device__ __forceinline__ uint32_t quarter(uint32_t word, int t) {

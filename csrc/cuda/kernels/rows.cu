@@ -33,13 +33,7 @@ struct Range {
 
 // Of two pairs of 16-bit values.
 __device__ __forceinline__ uint32_t least(uint32_t a, uint32_t b) {
-  uint32_t result;
-  if constexpr (kSame<W, Half>) {
-    asm("min.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-  } else {
-    asm("min.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-  }
-  return result;
+  return kSame<W, Half> ? min_of_halves(a, b) : min_of_bfloats(a, b);
 }
 
 __device__ __forceinline__ Range range_of(const Raw& v) {

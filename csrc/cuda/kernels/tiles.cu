@@ -19,30 +19,6 @@ constexpr int kColumnTiles = kRows / 8 / kWarpsOfX;                  // 8 rows o
 constexpr int kXBytes = kRows * kStep * 2;
 constexpr int kStageBytes = kXBytes + kTileOutputs * 16;
 
-#if ONEBIT_X_IS_HALF
-#define ONEBIT_MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-#else
-#define ONEBIT_MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-#endif
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm(ONEBIT_MMA "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// 16 bytes; zeros where there are none to read.
-__device__ __forceinline__ void copy(uint32_t to, const void* from, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(inside ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void load_tiles(uint32_t (&b)[2][2], uint32_t from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(b[0][0]), "=r"(b[0][1]), "=r"(b[1][0]), "=r"(b[1][1])
-               : "r"(from)
-               : "memory");
-}
-
 // One stage: rows of x, whose 16-byte parts are swapped by row against bank conflicts, then words.
 __device__ __forceinline__ void fetch(
     const TileArgs& p, uint32_t stage, uint32_t m0, uint32_t n0, uint32_t step) {
@@ -70,7 +46,7 @@ ONEBIT_KERNEL __launch_bounds__(kTileThreads, kRows == 128 || kGroups == 4 ? 1 :
   const uint32_t first = blockIdx.z * p.steps, steps = min(p.steps, p.k / kStep - first);
   const int first_row = warp / kWarpsOfX * kRowTiles * 16;  // of W, in the tile
   const int first_m = warp % kWarpsOfX * kColumnTiles * 8;  // of x
-  const uint32_t base = uint32_t(__cvta_generic_to_shared(shared));
+  const uint32_t base = shared_address(shared);
   // ldmatrix takes an address a lane: of two tiles of 8 rows, each with two parts of 16 bytes.
   const uint32_t line = (first_m + (lane >> 4) * 8 + (lane & 7)) * (kStep * 2);
   const uint32_t part = lane >> 3 & 1, swap = lane & 7;
@@ -88,18 +64,18 @@ ONEBIT_KERNEL __launch_bounds__(kTileThreads, kRows == 128 || kGroups == 4 ? 1 :
   ONEBIT_UNROLL
   for (int s = 0; s < kStages - 1; s++) {
     if (s < steps) fetch(p, base + s * kStageBytes, m0, n0, first + s);
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
   }
 
   float sum[kRowTiles][kColumnTiles][4] = {};
 #pragma unroll 1
   for (uint32_t i = 0; i < steps; i++) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
+    wait_for_copies<kStages - 2>();
     __syncthreads();  // the stage is there for all, and what it replaces was read by all
     if (i + kStages - 1 < steps) {
       fetch(p, base + (i + kStages - 1) % kStages * kStageBytes, m0, n0, first + i + kStages - 1);
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
     const uint32_t stage = i % kStages * kStageBytes;
 
     uint32_t word[kRowTiles][2][4], low[kRowTiles][2][kGroups], change[kRowTiles][2][kGroups];
@@ -142,7 +118,9 @@ ONEBIT_KERNEL __launch_bounds__(kTileThreads, kRows == 128 || kGroups == 4 ? 1 :
           }
         }
         ONEBIT_UNROLL
-        for (int c = 0; c < kColumnTiles; c++) mma(sum[r][c], a, b[c]);
+        for (int c = 0; c < kColumnTiles; c++) {
+          mma(sum[r][c], a[0], a[1], a[2], a[3], b[c][0], b[c][1]);
+        }
       }
     }
   }
@@ -151,7 +129,7 @@ ONEBIT_KERNEL __launch_bounds__(kTileThreads, kRows == 128 || kGroups == 4 ? 1 :
   constexpr int kPitch = kTileOutputs + 4;
   static_assert(kRows * kPitch * 4 <= 2 * kStageBytes, "y fits where the stages were");
   float* tile = reinterpret_cast<float*>(shared);
-  asm volatile("cp.async.wait_group 0;" ::: "memory");
+  wait_for_copies<0>();
   __syncthreads();
   ONEBIT_UNROLL
   for (int r = 0; r < kRowTiles; r++) {

@@ -69,14 +69,6 @@ struct LevelsOf {
   }
 };
 
-// The sign of byte b of x in the low half, of y in the high half: masks of two weights.
-// (__byte_perm drops the bit of a selector that asks for signs.)
-__device__ __forceinline__ uint32_t signs(uint32_t x, uint32_t y, uint32_t b) {
-  uint32_t mask;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(mask) : "r"(x), "r"(y), "r"(0xcc88u + 0x1111u * b));
-  return mask;
-}
-
 template <class T>
 __device__ __forceinline__ uint32_t twice(float v) {
   if constexpr (sizeof(T) == 2) {

@@ -20,7 +20,6 @@
 //   ONEBIT_STEPS      1, or 4 when k is a multiple of 512
 //   ONEBIT_PARTIAL    1: y holds float sums of a split of k
 #include "tiles.cuh"
-#include "wgmma.cuh"
 
 constexpr int kRows = ONEBIT_ROWS, kConsumers = ONEBIT_CONSUMERS, kStages = ONEBIT_STAGES;
 constexpr int kParts = kSame<X, Float> ? 3 : 1;
@@ -35,50 +34,6 @@ constexpr int kSums = kRows / 2;  // of a thread
 constexpr int kThreads = 128 * (kConsumers + 1);
 // Registers of a multiplying thread; the copying warpgroup gives the rest away.
 constexpr bool kLarge = kSums * (kParts == 3 ? 2 : 1) >= 128;
-
-// --- Barriers in shared memory, and the copy engine ---
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return uint32_t(__cvta_generic_to_shared(p));
-}
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(count));
-}
-__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-      "r"(bytes)
-      : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{ .reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again; }" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
-__device__ __forceinline__ void copy_x(
-    void* to, const TensorMap* map, uint64_t* full, int row, int tile) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(to)),
-      "l"(map), "r"(0), "r"(row), "r"(tile), "r"(0), "r"(shared_address(full))
-      : "memory");
-}
-__device__ __forceinline__ void copy_words(
-    void* to, const TensorMap* map, uint64_t* full, int word, int row) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
-      "l"(map), "r"(word), "r"(row), "r"(shared_address(full))
-      : "memory");
-}
 
 // A fragments of 64 columns: 4 times 4 registers.
 __device__ __forceinline__ void decode(const uint32_t (&word)[2][4],
@@ -121,12 +76,12 @@ ONEBIT_KERNEL __launch_bounds__(kThreads, 1) wgmma(const __grid_constant__ Wgmma
       barrier_init(&full[s], 1);
       barrier_init(&empty[s], kConsumers);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_barriers();
   }
   __syncthreads();
 
   if (warpgroup == kConsumers) {
-    if constexpr (kLarge) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if constexpr (kLarge) give_registers<24>();
     if (threadIdx.x == kConsumers * 128) {
       if constexpr (kParts == 3) wait_for_previous();  // the parts of x are ready
       for (uint32_t i = 0; i < steps; i++) {
@@ -134,14 +89,14 @@ ONEBIT_KERNEL __launch_bounds__(kThreads, 1) wgmma(const __grid_constant__ Wgmma
         if (i >= kStages) barrier_wait(&empty[s], i / kStages - 1 & 1);
         uint8_t* stage = shared + s * kStageBytes;
         barrier_expect(&full[s], kStageBytes);
-        copy_words(stage + kXBytes, &p.words, &full[s], (first + i) * 4 * kSteps, n0);
-        copy_x(stage, &p.x, &full[s], m0, (first + i) * 2 * kSteps);
+        copy_box(stage + kXBytes, &p.words, &full[s], (first + i) * 4 * kSteps, n0);
+        copy_box(stage, &p.x, &full[s], 0, m0, (first + i) * 2 * kSteps, 0);
       }
     }
     return;
   }
 
-  if constexpr (kLarge) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+  if constexpr (kLarge) take_registers<240>();
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 & 3, g = lane >> 2, t = lane & 3;
   const int row_in_tile = warpgroup * 64 + warp * 16 + g;
   const uint32_t row[2] = {min(n0 + row_in_tile, p.n - 1), min(n0 + row_in_tile + 8, p.n - 1)};
@@ -239,7 +194,7 @@ ONEBIT_KERNEL __launch_bounds__(kThreads, 1) wgmma(const __grid_constant__ Wgmma
             wgmma_wait<0>(a[0]);
             wgmma_wait<0>(a[1]);
             ONEBIT_UNROLL
-            for (int c = 0; c < kSums; c++) asm volatile("" : "+f"(sum[c])::"memory");
+            for (int c = 0; c < kSums; c++) pin(sum[c]);
             ONEBIT_UNROLL
             for (int c = 0; c < kSums; c++) {
               const int h = c >> 1 & 1;
@@ -259,21 +214,21 @@ ONEBIT_KERNEL __launch_bounds__(kThreads, 1) wgmma(const __grid_constant__ Wgmma
   wgmma_wait<0>(a[0]);
   wgmma_wait<0>(a[1]);
   ONEBIT_UNROLL
-  for (int c = 0; c < kSums; c++) asm volatile("" : "+f"(sum[c])::"memory");
+  for (int c = 0; c < kSums; c++) pin(sum[c]);
 
   // y [kRows, kOutputs] through shared memory, so that rows are written in whole lines. As floats:
   // ptxas moves a conversion in front of the last wait, and then serializes every product.
   constexpr int kPitch = kOutputs + 4;
   static_assert(kRows * kPitch * 4 <= kStages * kStageBytes, "y fits where the stages were");
   float* tile = reinterpret_cast<float*>(shared);
-  asm volatile("bar.sync 1, %0;" ::"n"(128 * kConsumers) : "memory");
+  barrier_of_some<128 * kConsumers>();
   ONEBIT_UNROLL
   for (int c = 0; c < kSums; c++) {
     const int m = c / 4 * 8 + 2 * t + (c & 1);
     tile[m * kPitch + row_in_tile + 8 * (c >> 1 & 1)] =
         kParts == 3 ? total[kParts == 3 ? c : 0] : sum[c];
   }
-  asm volatile("bar.sync 1, %0;" ::"n"(128 * kConsumers) : "memory");
+  barrier_of_some<128 * kConsumers>();
   Out* y = static_cast<Out*>(p.y) + int64_t(blockIdx.z) * p.m * p.n;
   store_tile<kRows, kOutputs, 128 * kConsumers>(tile, y, m0, n0, p.m, p.n);
 }

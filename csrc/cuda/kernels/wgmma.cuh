@@ -1,7 +1,6 @@
 // The warpgroup product: 64 rows of A in registers, n columns of B in shared memory, sums in float.
-// Macros because an asm statement names every register.
+// Macros because an asm statement names every register. Of instructions.cuh.
 #pragma once
-#include "common.cuh"
 
 #if ONEBIT_X_IS_HALF
 #define ONEBIT_WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 "
@@ -96,12 +95,12 @@ template <int pending, int count>
 __device__ __forceinline__ void wgmma_wait(uint32_t (&a)[count]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
   ONEBIT_UNROLL
-  for (int i = 0; i < count; i++) asm volatile("" : "+r"(a[i])::"memory");
+  for (int i = 0; i < count; i++) pin(a[i]);
 }
 
 // B [rows, 64] of 16 bits, in rows of 128 bytes swizzled as the copy engine writes them.
 __device__ __forceinline__ uint64_t tile_descriptor(const void* shared) {
-  const uint32_t address = uint32_t(__cvta_generic_to_shared(shared));
+  const uint32_t address = shared_address(shared);
   return uint64_t((address & 0x3ffffu) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 |
          uint64_t(1) << 62;
 }
