@@ -34,8 +34,13 @@ constexpr int kTurns =
 
 // --- A group in memory ---
 
-// Past the end the last group is done again, and the same is written: a block's warps wait for each
-// other.
+// Past the end the last group is read again, for a block's warps wait for each other. It is not
+// written again.
+template <int turns = 1>
+__device__ __forceinline__ bool past_the_end(const GroupArgs& p, int turn = 0) {
+  const int64_t warp = int64_t(blockIdx.x) * kGroupWarps + (threadIdx.x >> 5);
+  return warp * turns + turn >= p.groups;
+}
 template <int turns = 1>
 __device__ __forceinline__ int64_t group_of_warp(const GroupArgs& p, int turn = 0) {
   const int64_t warp = int64_t(blockIdx.x) * kGroupWarps + (threadIdx.x >> 5);
@@ -359,6 +364,7 @@ ONEBIT_KERNEL __launch_bounds__(kGroupWarps * 32)
   TwoLevels levels[kTurns];
   levels_of(value, weight, levels);
   ONEBIT_EACH_TURN(turn) {
+    if (past_the_end<kTurns>(p, turn)) return;
     const int64_t group = group_of_warp<kTurns>(p, turn);
     ONEBIT_EACH(i) {
       const uint32_t bits = __ballot_sync(kAll, bit_of(levels[turn], value[turn][i]));
@@ -390,12 +396,14 @@ ONEBIT_KERNEL __launch_bounds__(kGroupWarps * 32)
     fake_quantize(const __grid_constant__ GroupArgs p) {
   const Leveled groups(p);
   ONEBIT_EACH_TURN(turn) {
+    if (past_the_end<kTurns>(p, turn)) return;
+    const int64_t group = group_of_warp<kTurns>(p, turn);
     const TwoLevels& levels = groups.levels[turn];
     // As dequantize adds: a zero loses its sign.
     const float low = 0.0f + levels.low, high = 0.0f + levels.high;
     Group value;
     ONEBIT_EACH(i) value[i] = bit_of(levels, groups.value[turn][i]) ? high : low;
-    write_group<Other>(p.out, group_of_warp<kTurns>(p, turn), value);
+    write_group<Other>(p.out, group, value);
   }
 }
 
@@ -404,6 +412,7 @@ ONEBIT_KERNEL __launch_bounds__(kGroupWarps * 32)
     fake_quantize_backward(const __grid_constant__ GroupArgs p) {
   const Leveled groups(p);
   ONEBIT_EACH_TURN(turn) {
+    if (past_the_end<kTurns>(p, turn)) return;
     const int64_t group = group_of_warp<kTurns>(p, turn);
     const Group grad = read_group<Other>(p.grad, group);
     write_group<W>(p.out, group, through_levels(groups.value[turn], groups.levels[turn], grad));
@@ -420,6 +429,7 @@ __device__ __forceinline__ bool nearer_high(float value, float scale, float bias
 
 ONEBIT_KERNEL __launch_bounds__(kGroupWarps * 32)
     fake_quantize_affine(const __grid_constant__ GroupArgs p) {
+  if (past_the_end(p)) return;
   const int64_t group = group_of_warp(p);
   const float scale = to_float(static_cast<const Level*>(p.scales)[group]);
   const float bias = to_float(static_cast<const Level*>(p.biases)[group]);
@@ -432,6 +442,7 @@ ONEBIT_KERNEL __launch_bounds__(kGroupWarps * 32)
 // grad_scale is the sum of grad where the bit is 1, grad_bias all of it.
 ONEBIT_KERNEL __launch_bounds__(kGroupWarps * 32)
     fake_quantize_affine_backward(const __grid_constant__ GroupArgs p) {
+  if (past_the_end(p)) return;
   const int64_t group = group_of_warp(p);
   const float scale = to_float(static_cast<const Level*>(p.scales)[group]);
   const float bias = to_float(static_cast<const Level*>(p.biases)[group]);
