@@ -80,8 +80,10 @@ def product(
 
 def rows(
     kernel, groups, *, x="bfloat", other="bfloat", levels="bfloat", group_size=128, rule=0,
-    importance=False,
+    importance=False, columns=None, biases=True, matrices=1,
 ) -> Launch:  # fmt: skip
+    """A launch of a kernel that is no product; launch_plan_probe.cpp says what the numbers mean."""
     types = [TYPES.index(t) for t in (x, other, levels)]
     values = [KERNELS.index(kernel), groups, *types, group_size // 32, rule, importance]
+    values += [columns or group_size, biases, matrices]
     return _launch(_ask("rows", values)[0])

@@ -23,7 +23,6 @@ KERNEL_FLAGS = [
         "-gdwarf-4",
         "-fPIC",
         "-w",
-        f"-I{RUNTIME}",
     ),
     *("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
 ]
@@ -74,14 +73,21 @@ def build(sources: list[Path], include: list[Path] = (), defines: tuple[str, ...
     body = '#include "msl.h"\n' + unit.translate() + "\n" + entries(unit)
     if unit.errors:
         raise MslError("\n".join(unit.errors))
-    headers = sorted(RUNTIME.glob("*.h"))
-    cpp = toolchain.put(cache / f"kernels-{toolchain.digest(body)}.cpp", body)
     # Apple's compiler fuses a * b + c where the source does not forbid it, and so does this one.
-    contract = f"-ffp-contract={'fast' if unit.contracts else 'off'}"
-    objects = [toolchain.object_file(cpp, [*KERNEL_FLAGS, contract], headers)]
-    objects += [
-        toolchain.object_file(s, RUNTIME_FLAGS, headers) for s in sorted(RUNTIME.glob("*.cpp"))
-    ]
+    return link(body, [f"-ffp-contract={'fast' if unit.contracts else 'off'}"])
+
+
+def link(body: str, flags: list[str], folders: tuple[Path, ...] = ()) -> Path:
+    """A library of kernels that are C++ by now, and of the runtime in RUNTIME and `folders`."""
+    cache = toolchain.cache_directory()
+    folders = (RUNTIME, *folders)
+    headers = sorted(h for f in folders for h in f.glob("*.*h"))
+    flags = [*flags, *(f"-I{f}" for f in folders)]
+    cpp = toolchain.put(cache / f"kernels-{toolchain.digest(body)}.cpp", body)
+    objects = [toolchain.object_file(cpp, [*KERNEL_FLAGS, *flags], headers)]
+    for source in sorted(s for f in folders for s in f.glob("*.cpp")):
+        include = [f"-I{f}" for f in folders if source.parent in folders[1:]]
+        objects.append(toolchain.object_file(source, [*RUNTIME_FLAGS, *include], headers))
     library = cache / f"emulator-{toolchain.digest(*(o.name for o in objects))}.so"
     if not library.exists():
         scratch = library.with_name(f"{library.name}.{os.getpid()}")
@@ -103,7 +109,10 @@ def broken_shaders(folder: Path, file: str, before: str, after: str) -> Path:
 
 class Library:
     def __init__(self, sources: list[Path], include: list[Path] = (), defines=()):
-        self.path = build(sources, include, defines)
+        self._open(build(sources, include, defines))
+
+    def _open(self, path: Path) -> None:
+        self.path = path
         self._c = ctypes.CDLL(str(self.path))
         self._c.emu_kernel_name.restype = ctypes.c_char_p
         # of the last dispatch: bytes read by buffer, those that the L1 did not have, and how many
@@ -138,19 +147,30 @@ class Library:
         offsets: dict[int, int] | None = None,
         count_traffic: bool = False,
         flush_denormals: bool = False,
+        updates: dict[int, np.ndarray] | None = None,
+        late: tuple[int, ...] = (),
     ) -> None:
-        """Runs one dispatch. `outputs` start uninitialised and must be written in full."""
+        """Runs one dispatch.
+
+        `outputs` start uninitialised and must be written in full; `updates` are read and written;
+        `late` inputs nobody may read until the kernel has waited for what makes them.
+        """
         d = Dispatch(kernel=kernel.encode(), schedule=schedule, seed=seed)
         d.count_traffic, d.flush_denormals = count_traffic, flush_denormals
         d.groups[:] = [*groups, 1, 1][:3]
         d.threads[:] = [*threads, 1, 1][:3]
-        for read_only, arrays in ((1, inputs), (0, outputs)):
+        kinds = ((1, 1, inputs), (0, 0, outputs), (0, 1, updates or {}))
+        for read_only, initialised, arrays in kinds:
             for index, array in arrays.items():
                 if not array.flags.c_contiguous:
                     raise ValueError(f"buffer {index} must be contiguous")
                 offset = (offsets or {}).get(index, 0)
                 d.buffers[index] = Buffer(
-                    array.ctypes.data, array.nbytes, read_only, read_only, offset
+                    array.ctypes.data,
+                    array.nbytes,
+                    read_only,
+                    initialised and index not in late,
+                    offset,
                 )
         message = ctypes.create_string_buffer(4096)
         if self._c.emu_run(ctypes.byref(d), message, ctypes.c_uint64(4096)):
@@ -178,7 +198,7 @@ def with_line(message: str, library: Path) -> str:
         address = hex(int(match.group(1), 16) - base - 1)
         command = ["addr2line", "-i", "-e", str(library), address]
         lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-        shader = [f for f in lines if str(RUNTIME) not in f and "?" not in f]
+        shader = [f for f in lines if "/runtime/" not in f and "?" not in f]
         return f"at {shader[0].split(' ')[0]}" if shader else match.group()
 
     return re.sub(r"pc=(0x[0-9a-f]+)", lookup, message)

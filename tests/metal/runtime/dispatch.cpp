@@ -164,6 +164,7 @@ EMU_EXPORT int emu_run(EmuDispatch* d, char* message, uint64_t message_size) {
   machine.error.clear();
   machine.entry = kernel->run;
   machine.kernel_name = kernel->name;
+  machine.threadgroup_bytes = kernel->threadgroup_bytes;
   machine.schedule = static_cast<emu::Schedule>(d->schedule);
   machine.random = d->seed * 0x9E3779B97F4A7C15ull + 0x1234567;
   bind_buffers(*d);

@@ -49,6 +49,20 @@ const unsigned char* simd_exchange(const void* value,
                                    const char* file,
                                    uint32_t* active);
 
+// Returns when done(what) holds; it must only change by what other threads do, or a deferred
+// action.
+void wait_until(bool (*done)(const void* what), const void* what, int line, const char* file);
+// Of the first `threads` threads, while others go on.
+void partial_barrier(int threads, int line, const char* file);
+// What hardware beside the threads does at some time: as late as possible, or at random.
+void defer(void (*action)(void* what), void* what);
+
+// What the hooks do, for code without them. `pc` is that of the access.
+void check_access(const void* p, size_t size, bool is_write, void* pc);
+// Threadgroup memory as garbage that nobody may read, and the bytes that then replace it.
+void memory_spoil(void* p, size_t size, void* pc);
+void memory_deliver(void* p, const void* bytes, size_t size);
+
 // Memory of a `threadgroup` variable; `key` identifies the declaration.
 void* threadgroup_variable(const void* key, size_t size, size_t alignment, const char* name);
 
@@ -56,7 +70,8 @@ using Entry = void (*)();
 struct KernelEntry {
   const char* name;
   Entry run;
-  uint32_t buffers;  // bit i: the kernel declares [[buffer(i)]]
+  uint32_t buffers;                  // bit i: the kernel declares [[buffer(i)]]
+  size_t threadgroup_bytes = 32768;  // what every Apple GPU since the M1 offers
 };
 struct FunctionConstant {
   int index;

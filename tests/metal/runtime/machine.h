@@ -12,9 +12,8 @@
 namespace emu {
 
 constexpr int kLanes = 32;
-constexpr size_t kThreadgroupBytes = 32768;  // what every Apple GPU since the M1 offers
 
-enum class State : uint8_t { kReady, kAtBarrier, kAtSimdOperation, kReturned };
+enum class State : uint8_t { kReady, kAtBarrier, kAtSimdOperation, kAtCondition, kReturned };
 
 struct Fiber {
   void* stack_pointer;
@@ -24,6 +23,13 @@ struct Fiber {
   unsigned flags;
   int line;
   const char* file;
+  bool (*done)(const void*);  // of kAtCondition
+  const void* what;
+};
+
+struct Deferred {
+  void (*action)(void*);
+  void* what;
 };
 
 struct Simdgroup {
@@ -41,12 +47,16 @@ struct Machine {
   Dispatch dispatch;
   Entry entry;
   const char* kernel_name;
+  size_t threadgroup_bytes;  // that a threadgroup may have
   std::vector<Fiber> fibers;
   std::vector<Simdgroup> simdgroups;
   int current = -1;  // running fiber, -1 in the scheduler
   int threads, waiting, returned;
   uint32_t group_index;
   uint32_t epoch[2];  // threadgroup barriers passed, as in Simdgroup
+  std::vector<Deferred> deferred;
+  int partial_arrived;
+  uint32_t partial_phase;
   Schedule schedule;
   uint64_t random;
   std::string error;

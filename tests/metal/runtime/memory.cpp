@@ -197,14 +197,36 @@ void* threadgroup_variable(const void* key, size_t size, size_t alignment, const
   char*& memory = variables[key];
   if (!memory) {
     threadgroup_bytes = ((threadgroup_bytes + alignment - 1) & ~(alignment - 1)) + size;
-    if (threadgroup_bytes > kThreadgroupBytes) {
-      fail("threadgroup memory of %zu bytes exceeds %zu", threadgroup_bytes, kThreadgroupBytes);
+    if (threadgroup_bytes > machine.threadgroup_bytes) {
+      fail("threadgroup memory of %zu bytes exceeds %zu", threadgroup_bytes,
+           machine.threadgroup_bytes);
     }
     memory = memory_allocate(size, alignment < 16 ? 16 : alignment, 0, Region::kThreadgroup,
                              std::string("threadgroup ") + name, false);
     memset(memory, 0xFF, size);
   }
   return memory;
+}
+
+void check_access(const void* p, size_t size, bool is_write, void* pc) {
+  access(reinterpret_cast<uintptr_t>(p), size, is_write, 0, pc);
+}
+
+void memory_spoil(void* p, size_t size, void* pc) {
+  const size_t begin = static_cast<char*>(p) - arena;
+  for (size_t i = begin; i < begin + size; i++) {
+    if (i < kArenaBytes && region[i] == Region::kThreadgroup) continue;
+    fail("out-of-bounds %zu-byte copy: %s pc=%p", size, describe(i).c_str(), pc);
+  }
+  memset(p, 0xFF, size);
+  memset(written + begin, 0, size);
+}
+
+void memory_deliver(void* p, const void* bytes, size_t size) {
+  const size_t begin = static_cast<char*>(p) - arena;
+  memcpy(p, bytes, size);
+  memset(written + begin, 1, size);
+  memset(static_cast<void*>(shadow + begin), 0, size * sizeof(Shadow));
 }
 
 int64_t memory_unwritten(const char* begin, size_t size) {

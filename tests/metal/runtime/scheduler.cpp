@@ -149,9 +149,10 @@ void report_divergence() {
   for (const Fiber& f : machine.fibers) {
     char place[300] = "returned";
     if (f.state != State::kReturned) {
-      const bool barrier = f.state == State::kAtBarrier;
-      snprintf(place, sizeof place, "at %s at %s:%d",
-               barrier ? "threadgroup_barrier" : "simdgroup operation", f.file, f.line);
+      const char* what = f.state == State::kAtBarrier     ? "threadgroup_barrier"
+                         : f.state == State::kAtCondition ? "wait"
+                                                          : "simdgroup operation";
+      snprintf(place, sizeof place, "at %s at %s:%d", what, f.file, f.line);
     }
     auto known =
         std::find_if(places.begin(), places.end(), [&](const auto& p) { return p.first == place; });
@@ -167,8 +168,29 @@ void report_divergence() {
   }
 }
 
-bool complete_something() {
+bool end_waits() {
   bool progress = false;
+  for (Fiber& f : machine.fibers) {
+    if (f.state != State::kAtCondition || !f.done(f.what)) continue;
+    f.state = State::kReady;
+    progress = true;
+  }
+  return progress;
+}
+
+bool run_deferred() {
+  if (machine.deferred.empty()) return false;
+  const bool random = machine.schedule == Schedule::kRandom;
+  const auto chosen =
+      machine.deferred.begin() + (random ? machine.next_random() % machine.deferred.size() : 0);
+  const Deferred d = *chosen;
+  machine.deferred.erase(chosen);
+  d.action(d.what);
+  return true;
+}
+
+bool complete_something() {
+  bool progress = end_waits();
   for (Simdgroup& s : machine.simdgroups) progress |= complete_if_met(s);
   return progress || complete_barrier();
 }
@@ -195,7 +217,8 @@ void start_fibers() {
     memset(s.slots, 0xFF, sizeof s.slots);
   }
   machine.epoch[0] = machine.epoch[1] = 0;
-  machine.waiting = machine.returned = 0;
+  machine.waiting = machine.returned = machine.partial_arrived = 0;
+  machine.deferred.clear();
   for (uint32_t i = 0; i < count; i++) {
     Fiber& f = machine.fibers[i];
     f.thread = {
@@ -272,6 +295,35 @@ const unsigned char* simd_exchange(const void* value,
   return meet(value, size, operation, 0, line, file, active);
 }
 
+void wait_until(bool (*done)(const void*), const void* what, int line, const char* file) {
+  if (done(what)) return;
+  Fiber& f = machine.fibers[machine.current];
+  f.state = State::kAtCondition;
+  f.done = done;
+  f.what = what;
+  f.line = line;
+  f.file = file;
+  yield();
+}
+
+void partial_barrier(int threads, int line, const char* file) {
+  const uint32_t before = machine.partial_phase;
+  if (++machine.partial_arrived == threads) {
+    machine.partial_arrived = 0;
+    machine.partial_phase++;
+    for (int memory = 0; memory < 2; memory++) {
+      machine.epoch[memory]++;
+      for (Simdgroup& s : machine.simdgroups) s.epoch[memory]++;
+    }
+  }
+  const auto passed = [](const void* phase) {
+    return *static_cast<const uint32_t*>(phase) != machine.partial_phase;
+  };
+  wait_until(passed, &before, line, file);
+}
+
+void defer(void (*action)(void*), void* what) { machine.deferred.push_back({action, what}); }
+
 bool run_threadgroup() {
   start_fibers();
   memory_begin_threadgroup();
@@ -293,12 +345,17 @@ bool run_threadgroup() {
       }
     }
     if (machine.returned == machine.threads) break;
-    if (!complete_something() && !ran) {
+    const bool random_turn = machine.schedule == Schedule::kRandom && !machine.deferred.empty() &&
+                             machine.next_random() % 16 == 0;
+    if (random_turn) run_deferred();
+    if (!complete_something() && !ran && !run_deferred()) {
       report_divergence();
       return false;
     }
   }
-  return true;
+  if (machine.deferred.empty()) return true;
+  machine.error = std::string("kernel ") + machine.kernel_name + ": returned before its copies end";
+  return false;
 }
 
 }  // namespace emu
