@@ -15,6 +15,7 @@ BARS = [
     ("long", "PTQ calibrated", "float32", 0.22),
 ]
 MAX_CONVERSION_CHANGE = 0.002
+FLOAT32 = "float32, equally long"
 
 
 def load(protocol: str, results: Path) -> list[dict]:
@@ -32,6 +33,12 @@ def over(runs: list[dict], variant: str, base: str) -> list[float]:
     return [a - b for a, b in pairs if a is not None and b is not None]
 
 
+def _base(variant: str) -> str:
+    """The float32 model that a variant is held against: trained as long."""
+    untrained = variant.startswith("PTQ") or variant == "float32"
+    return "float32" if untrained else FLOAT32
+
+
 def table(runs: list[dict]) -> str:
     """Markdown: a row per variant; losses in nats per byte. A seed not run yet leaves its cell."""
     seeds = [f"seed {run['seed']}" for run in runs]
@@ -39,8 +46,7 @@ def table(runs: list[dict]) -> str:
     rows = []
     names = list(dict.fromkeys(name for run in runs for name in run["variants"]))
     for variant in names:
-        untrained = variant.startswith("PTQ") or variant == "float32"
-        difference = over(runs, variant, "float32" if untrained else "float32, equally long")
+        difference = over(runs, variant, _base(variant))
         each = [run["variants"][variant] for run in runs if variant in run["variants"]]
         values = [loss(run, variant) for run in runs]
         cells = [
@@ -88,7 +94,6 @@ SHOWN = {
     "calibrated, QAT learnable": "#9ecae1",
     "calibrated, QAT learnable, distilled": "#3182bd",
 }
-FLOAT32 = "float32, equally long"
 
 
 def plot(protocol: str, runs: list[dict], path: Path) -> None:
@@ -98,30 +103,31 @@ def plot(protocol: str, runs: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (bars, curves) = pyplot.subplots(2, 1, figsize=(9, 8.5), height_ratios=(1, 1.3))
-    names = [name for name in SHOWN if over(runs, name, FLOAT32)]
-    costs = [mean(over(runs, name, FLOAT32)) for name in names]
+    names = [name for name in SHOWN if over(runs, name, _base(name))]
+    figure = pyplot.figure(figsize=(11, 8))
+    grid = figure.add_gridspec(2, 2, height_ratios=(1, 1.1), hspace=0.4, wspace=0.25)
+    bars, plain = figure.add_subplot(grid[0, :]), figure.add_subplot(grid[1, 0])
+    distilled = figure.add_subplot(grid[1, 1])
+    costs = [mean(over(runs, name, _base(name))) for name in names]
     drawn = bars.barh(names, costs, color=[SHOWN[name] for name in names])
     bars.bar_label(drawn, [f"{cost:.2f}" for cost in costs], padding=3)
     bars.invert_yaxis()
-    bars.set_xlabel("nats per byte above float32 trained equally long: shorter is better")
+    bars.set_xlabel("nats per byte above float32, trained as long: shorter is better")
     seeds = "1 seed" if len(runs) == 1 else f"mean of {len(runs)} seeds"
     bars.set_title(f"What one bit per weight costs, by method ({protocol} protocol, {seeds})")
-    curves.plot(*_smooth(runs[0], FLOAT32), color="black", label="float32")
+    plain.plot(*_smooth(runs[0], FLOAT32), color="black", label="float32")
     for name in names:
         if runs[0]["variants"][name]["curve"]:
-            style = "--" if "distilled" in name else "-"
-            curves.plot(*_smooth(runs[0], name), style, color=SHOWN[name], label=name)
-    curves.set_ylim(top=2.2)
-    curves.set(xlabel="steps from the float32 model", ylabel="training loss, nats per byte")
-    curves.set_title(
-        "While training. Dashed: distilled; half of that loss is the distance to the teacher",
-        fontsize=10,
-    )
-    curves.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-    for axes in (bars, curves):
+            axes = distilled if "distilled" in name else plain
+            axes.plot(*_smooth(runs[0], name), color=SHOWN[name], label=name.split(", dist")[0])
+    plain.set_ylim(top=2.2)
+    plain.set_title("Trained on text: loss, nats per byte", fontsize=10)
+    distilled.set_title("Distilled: half of that, half distance to the teacher", fontsize=10)
+    for axes in (plain, distilled):
+        axes.set_xlabel("steps from the float32 model")
+        axes.legend(loc="upper right", frameon=False)
+    for axes in (bars, plain, distilled):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.subplots_adjust(hspace=0.35)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 
@@ -149,8 +155,7 @@ def summary(runs: list[dict]) -> str:
     """One row for the README: nats above float32, means over the seeds."""
     cells = []
     for _, variant in SUMMARY:
-        base = "float32" if variant.startswith("PTQ") else "float32, equally long"
-        difference = over(runs, variant, base)
+        difference = over(runs, variant, _base(variant))
         partial = f" ({len(difference)} seeds)" if len(difference) < len(runs) else ""
         cells.append(f"{mean(difference):.2f}{partial}" if difference else "")
     return pages.table([name for name, _ in SUMMARY], [cells])
