@@ -63,6 +63,8 @@ MUTANTS = [
            "scale[r][h].load(scales + first);", HMMA, "out-of-bounds|misaligned"),
     Mutant("rows of x past the end are read", "hmma.cu", "inside && m < p.m", "inside", HMMA,
            "out-of-bounds"),
+    Mutant("a vector that is not aligned", "hmma.cu", "* kGroupSize + t * 8 * G,",
+           "* kGroupSize + t * 8 * G + 1,", HMMA, "misaligned vector of 16 bytes"),
     Mutant("a warp returns before a product", "hmma.cu",
            "  float out[kRowTiles][kTiles][4] = {};",
            "  if (lane == 31) return;\n  float out[kRowTiles][kTiles][4] = {};", HMMA,
@@ -205,5 +207,6 @@ def test_a_defect_elsewhere_is_found(why, file, before, after, works, report):
     if report is None:
         assert not works(run)
         return
-    with pytest.raises(emulator.EmulatorError, match=report):
+    with pytest.raises(emulator.EmulatorError, match=report) as found:
         works(run)
+    assert f"kernels/{file}:" in str(found.value)  # and the line

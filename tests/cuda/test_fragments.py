@@ -77,3 +77,10 @@ def test_conversions_and_bytes_are_those_of_ptx():
     for half, value in enumerate((i * 2654435761, ~i * np.uint64(2246822519))):
         sign = (value & 0xFFFFFFFF) >> (8 * (i & 3) + 7) & 1
         assert np.array_equal(y[:, 3] >> 16 * half & 0xFFFF, sign * 0xFFFF)
+
+
+def test_ptx_is_where_another_file_can_take_its_place():
+    files = {p.name for p in emulated.KERNELS.iterdir() if "asm" in p.read_text()}
+    assert files == {"instructions.cuh", "wgmma.cuh"}
+    users = {p.name for p in emulated.KERNELS.iterdir() if '"wgmma.cuh"' in p.read_text()}
+    assert users == {"instructions.cuh"}

@@ -68,17 +68,47 @@ To bits_as(From from) {
 
 // --- Vectors: aligned to their size, read and written at once ---
 
-struct alignas(8) uint2 {
-  uint32_t x, y;
-};
-struct alignas(16) uint4 {
-  uint32_t x, y, z, w;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+namespace emu {
+template <class V>
+[[gnu::noinline]] void check_vector(const V* p) {
+  const size_t excess = reinterpret_cast<uintptr_t>(p) % sizeof(V);
+  if (excess == 0) return;
+  fail("misaligned vector of %zu bytes: address is %zu past a multiple pc=%p", sizeof(V), excess,
+       __builtin_return_address(0));
+}
+template <class V>
+void copy_vector(V* to, const V* from) {
+  check_vector(to);
+  check_vector(from);
+  memcpy(static_cast<void*>(to), from, sizeof(V));
+}
+}  // namespace emu
+
+#define EMU_VECTOR(V, bytes, T, ...)     \
+  struct alignas(bytes) V {              \
+    T __VA_ARGS__;                       \
+    V() = default;                       \
+    V(const V& other) { *this = other; } \
+    V& operator=(const V& other) {       \
+      emu::copy_vector(this, &other);    \
+      return *this;                      \
+    }                                    \
+  };
+EMU_VECTOR(uint2, 8, uint32_t, x, y)
+EMU_VECTOR(uint4, 16, uint32_t, x, y, z, w)
+EMU_VECTOR(float4, 16, float, x, y, z, w)
+#undef EMU_VECTOR
+
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  uint4 v;
+  v.x = x, v.y = y, v.z = z, v.w = w;
+  return v;
+}
+inline float4 make_float4(float x, float y, float z, float w) {
+  float4 v;
+  v.x = x, v.y = y, v.z = z, v.w = w;
+  return v;
+}
 
 // --- Functions of a thread ---
 
@@ -115,7 +145,7 @@ T __ldcs(const T* p) {
   return *p;
 }
 template <class T>
-void __stcs(T* p, T v) {
+void __stcs(T* p, const T& v) {
   *p = v;
 }
 
