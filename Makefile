@@ -10,7 +10,7 @@ SECONDS ?= 120
 SOURCES := $(shell find csrc metal -type f) setup.py pyproject.toml
 
 .PHONY: demo test check-mps link-mac check-cuda test-kernels asan ubsan tsan asan-extension test-avx512 test-arm \
-  fuzz fuzz-emulated fuzz-accuracy soak compilers dist test-dist bench figures docs build check format clean
+  fuzz fuzz-emulated fuzz-accuracy soak compilers dist test-dist bench bench-cuda figures docs build check format clean
 
 # Without a network the demo says so and trains a small model instead.
 demo: build
@@ -35,10 +35,9 @@ check-cuda:
 	$(PYTHON) setup.py build_ext --inplace
 	PYTHONPATH=. $(PYTHON) -m pytest tests/cuda -m "not cuda"
 	PYTHONPATH=. $(PYTHON) -m pytest tests -m cuda --ignore tests/metal
-	for tool in memcheck racecheck initcheck synccheck; do for choice in "" ONEBIT_CUDA_ARCHITECTURE=80; do \
-	  env $$choice PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
-	    --error-exitcode 1 $(PYTHON) tests/cuda/every_kernel.py || exit 1; \
-	done; done
+	for tool in memcheck racecheck initcheck synccheck; do for choice in CHOICE=own ONEBIT_CUDA_ARCHITECTURE=80; do \
+	  echo $$tool $$choice; done; done | xargs -P 4 -L 1 sh -c 'env $$1 PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	    compute-sanitizer --tool $$0 --error-exitcode 1 $(PYTHON) tests/cuda/every_kernel.py'
 
 # What the emulated Metal does, for an NVIDIA GPU to repeat: tests/metal/nvidia/replay.py
 # build/metal_trace, there.
@@ -158,6 +157,11 @@ test-dist: dist
 
 bench: build
 	$(BIN)/python -m torch_onebit bench
+
+# On an NVIDIA GPU, after check-cuda; PYTHON as there.
+bench-cuda:
+	PYTHONPATH=. $(PYTHON) benchmarks/bench_cuda.py
+	PYTHONPATH=. $(PYTHON) benchmarks/bench_cuda_model.py
 
 # The figures in the README and docs/, between their marks. Training is only rendered, from the JSON in
 # benchmarks/results: to train again, an hour, first run bench_training.py without --report.
