@@ -168,10 +168,9 @@ def launch(
         else:
             setattr(argument, name, index)
         buffers[name] = (index, value.array if isinstance(value, Map) else value)
-    late_buffers = [buffers[name][0] for name in late]
-    info = np.zeros(67, np.uint32)
-    info[:3] = launch.shared_bytes, len(pointers), len(late)
-    info[3 : 3 + len(pointers) + len(late)] = [*pointers, *late_buffers]
+    info = np.zeros(66, np.uint32)
+    info[:2] = launch.shared_bytes, len(pointers)
+    info[2 : 2 + len(pointers)] = pointers
     of = lambda names: {buffers[n][0]: buffers[n][1] for n in names if n in buffers}
     head = {0: np.frombuffer(bytes(argument), np.uint8), 1: info}
     library.run(
@@ -183,5 +182,5 @@ def launch(
         schedule,
         seed,
         updates=of(updates or {}),
-        late=tuple(late_buffers),
+        late=tuple(buffers[name][0] for name in late),
     )

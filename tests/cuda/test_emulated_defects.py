@@ -34,6 +34,7 @@ HMMA = Product("", "hmma", 13, 40, 448, HALF, FLOAT, 64, gpu=A100)
 PARTS = Product("", "hmma", 5, 24, 512, FLOAT, gpu=A100)
 TILES = Product("", "tiles", 20, 140, 1152, HALF, gpu=A100)
 WGMMA = Product("", "wgmma", 20, 64, 1920, HALF, order="random")
+WPARTS = Product("", "wgmma", 5, 130, 384, FLOAT, HALF, order="random")
 STEPS = Product("", "wgmma", 33, 130, 1024, BFLOAT)
 
 MUTANTS = [
@@ -116,6 +117,9 @@ MUTANTS = [
     Mutant("the fence forgotten", "wgmma.cu",
            "wgmma_fence();\n          ONEBIT_UNROLL\n          for (int j",
            "ONEBIT_UNROLL\n          for (int j", STEPS, "without a fence"),
+    Mutant("sums of x read before they are ready", "wgmma.cu",
+           "  if constexpr (kParts == 3) wait_for_previous();  // so are the sums\n", "", WPARTS,
+           "uninitialised"),
 ]  # fmt: skip
 
 

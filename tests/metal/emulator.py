@@ -169,7 +169,7 @@ class Library:
                     array.ctypes.data,
                     array.nbytes,
                     read_only,
-                    initialised and index not in late,
+                    2 if index in late else initialised,
                     offset,
                 )
         message = ctypes.create_string_buffer(4096)

@@ -2,7 +2,6 @@
 // moment it is waited for, what a copy writes is garbage.
 #include <cstring>
 #include <deque>
-#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -50,16 +49,6 @@ void end_phase_if_done(Barrier& b) {
 void start_thread() {
   wgmma_start_thread();
   mine() = {};
-}
-
-void previous_ended() {
-  LaunchInfo& info = LaunchInfo::get();
-  for (uint32_t i = 0; i < info.late; i++) {
-    const uint32_t buffer = info.values[info.pointers + i];
-    char* p = dispatch().buffer[buffer];
-    memory_deliver(p, std::string(p, dispatch().length[buffer]).data(), dispatch().length[buffer]);
-  }
-  info.late = 0;
 }
 
 void use_window(void* dynamic) {

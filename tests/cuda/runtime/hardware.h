@@ -7,16 +7,12 @@ namespace emu {
 
 // buffer(1) of every launch.
 struct LaunchInfo {
-  uint32_t shared_bytes;    // dynamic
-  uint32_t pointers, late;  // how many of them
-  uint32_t values[64];  // offsets of pointers in the argument; then buffers that the launch before
-                        // this one writes, which may not have ended
+  uint32_t shared_bytes;  // dynamic
+  uint32_t pointers;      // how many
+  uint32_t values[64];    // their offsets in the argument
 
   static LaunchInfo& get() { return *reinterpret_cast<LaunchInfo*>(dispatch().buffer[1]); }
 };
-// What the launch before wrote is there, from now on.
-void previous_ended();
-
 // A thread begins: it has asked for nothing.
 void start_thread();
 

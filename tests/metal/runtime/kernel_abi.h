@@ -54,6 +54,8 @@ const unsigned char* simd_exchange(const void* value,
 void wait_until(bool (*done)(const void* what), const void* what, int line, const char* file);
 // Of the first `threads` threads, while others go on.
 void partial_barrier(int threads, int line, const char* file);
+// This thread has waited for the launch before: it may read what that one wrote.
+void previous_ended();
 // What hardware beside the threads does at some time: as late as possible, or at random.
 void defer(void (*action)(void* what), void* what);
 

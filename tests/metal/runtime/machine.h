@@ -23,6 +23,7 @@ struct Fiber {
   unsigned flags;
   int line;
   const char* file;
+  bool waited;                // for the launch before this one
   bool (*done)(const void*);  // of kAtCondition
   const void* what;
 };
@@ -74,6 +75,7 @@ extern Machine machine;
 bool run_threadgroup();
 
 // memory.cpp: one arena holds every buffer and threadgroup variable between red zones.
+constexpr int kLate = 2;  // by the launch before this one: written for threads that waited
 enum class Region : uint8_t { kRedZone, kReadWrite, kReadOnly, kThreadgroup };
 void memory_reset();
 char* memory_allocate(size_t size,
@@ -81,7 +83,7 @@ char* memory_allocate(size_t size,
                       size_t offset,
                       Region kind,
                       const std::string& name,
-                      bool written);
+                      int written);  // 0, 1, or kLate
 void memory_begin_threadgroup();
 int64_t memory_unwritten(const char* begin, size_t size);
 // Device bytes read from an allocation since memory_reset, and those that the L1 did not have.

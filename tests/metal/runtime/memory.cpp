@@ -138,7 +138,8 @@ void access(uintptr_t address, size_t size, bool is_write, size_t alignment, voi
     if (is_write && kind == Region::kReadOnly) {
       fail("write to read-only %s pc=%p", describe(i).c_str(), pc);
     }
-    if (!is_write && !written[i]) {
+    const bool late = written[i] == kLate && !machine.fibers[machine.current].waited;
+    if (!is_write && (!written[i] || late)) {
       fail("read of uninitialised %s pc=%p", describe(i).c_str(), pc);
     }
     if (is_write) written[i] = 1;
@@ -170,7 +171,7 @@ void memory_reset() {
 }
 
 char* memory_allocate(
-    size_t size, size_t alignment, size_t offset, Region kind, const std::string& name, bool init) {
+    size_t size, size_t alignment, size_t offset, Region kind, const std::string& name, int init) {
   const size_t begin = ((arena_top + kRedZone + alignment - 1) & ~(alignment - 1)) + offset;
   if (begin + size + 2 * kRedZone > kArenaBytes) {
     fprintf(stderr, "the emulated buffers exceed %zu bytes\n", kArenaBytes);
@@ -178,7 +179,7 @@ char* memory_allocate(
   }
   arena_top = begin + size + kRedZone;
   memset(region + begin, static_cast<int>(kind), size);
-  if (init) memset(written + begin, 1, size);
+  memset(written + begin, init, size);
   allocations.push_back({begin, size, name, kind, {}});
   return arena + begin;
 }

@@ -224,6 +224,7 @@ void start_fibers() {
     f.thread = {
         {i % size.x, i / size.x % size.y, i / (size.x * size.y)}, i, i % kLanes, i / kLanes};
     f.state = State::kReady;
+    f.waited = false;
     f.stack_pointer = new_stack(stacks + (i + 1) * kStackBytes, fiber_main);
   }
 }
@@ -321,6 +322,8 @@ void partial_barrier(int threads, int line, const char* file) {
   };
   wait_until(passed, &before, line, file);
 }
+
+void previous_ended() { machine.fibers[machine.current].waited = true; }
 
 void defer(void (*action)(void*), void* what) { machine.deferred.push_back({action, what}); }
 
