@@ -7,20 +7,13 @@
 // A product is rounded before it is added, as on the CPU; what is fused says fma.
 #pragma METAL fp contract(off)
 
-#include "params.h"
+#include "../csrc/mps/params.h"
 
 using namespace metal;
 using namespace onebit;
 
-// The dtype of the levels is a function constant and not a template parameter: three instances of
-// a kernel instead of nine, and no conversion pass over scales when dtypes are mixed.
-constant uint kLevelType [[function_constant(0)]];
-constant bool kHasBiases [[function_constant(1)]];
-constant bool kIndexed [[function_constant(2)]];
-constant uint kGroupWords [[function_constant(3)]];
-constant uint kOtherType [[function_constant(4)]];
-constant uint kRule [[function_constant(5)]];
-constant bool kHasImportance [[function_constant(6)]];
+#define ONEBIT_CONSTANT_OF(type, name, index) constant type k##name [[function_constant(index)]];
+ONEBIT_FUNCTION_CONSTANTS(ONEBIT_CONSTANT_OF)
 
 // kLevelType and kOtherType are numbers of a DType, kRule is that of a Rule.
 inline bool rule_is(Rule rule) { return kRule == uint(rule); }

@@ -17,7 +17,8 @@ BACKENDS = [
 # a room of the C++ house: the rooms besides itself whose headers it may include
 ROOMS = {
     "csrc/format.h": [],  # shaders read it too
-    "metal": ["csrc/format.h"],
+    "csrc/mps/params.h": ["csrc/format.h"],
+    "metal": ["csrc/format.h", "csrc/mps/params.h"],
     "csrc/bench": [],
     "csrc/ops": ["csrc/format.h"],
     "csrc/ops/codec": ["csrc/ops"],
@@ -25,7 +26,7 @@ ROOMS = {
     "csrc/ops/levels": ["csrc/ops", "csrc/ops/codec"],  # quantize_levels has the shapes of quantize
     "csrc/ops/moments": ["csrc/ops"],
     **{
-        f"csrc/{backend}": ["csrc/ops", "csrc/format.h", "metal"]
+        f"csrc/{backend}": ["csrc/ops", "csrc/format.h", "csrc/mps/params.h"]
         + [f"csrc/ops/{room}" for room in ("codec", "product", "levels", "moments")]
         for backend in BACKENDS
     },
@@ -174,6 +175,21 @@ def test_the_table_of_what_a_change_touches_names_what_there_is():
     assert len(names) == 2  # one per language
     for name in names:
         assert (ROOT / name).exists(), name
+
+
+def test_every_path_that_the_page_names_is_there():
+    text = (ROOT / "docs/architecture.md").read_text()
+    rooms = "csrc|metal|torch_onebit|tests|benchmarks"
+    names = set(re.findall(rf"\b(?:{rooms})/[\w/.*-]*[\w*/]", text))
+    assert len(names) > 40
+    assert [name for name in sorted(names) if not list(ROOT.glob(name))] == []
+
+
+def test_rooms_form_no_circle():
+    left = {room: set(below) for room, below in ROOMS.items()}
+    while free := {room for room, below in left.items() if not below & left.keys()}:
+        left = {room: below for room, below in left.items() if room not in free}
+    assert not left
 
 
 def test_what_host_and_kernels_share_is_declared_once():

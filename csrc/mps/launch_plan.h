@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../../metal/params.h"
+#include "params.h"
 
 namespace onebit::mps {
 

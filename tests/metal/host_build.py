@@ -15,7 +15,6 @@ import embed
 
 HOST = toolchain.HERE / "host"
 HEADERS = toolchain.HERE / "headers"
-SHARED_HEADER = toolchain.SHADERS / "params.h"
 TORCH = Path(torch.__file__).parent
 
 
@@ -38,7 +37,7 @@ def inputs() -> list[Path]:
     csrc = toolchain.ROOT / "csrc"
     folders = [csrc, csrc / "ops", *(csrc / "ops").iterdir(), csrc / "mps", HOST]
     folders += [p for p in HEADERS.rglob("*") if p.is_dir()]
-    return [*sorted(p for folder in folders for p in folder.glob("*.h")), SHARED_HEADER]
+    return sorted(p for folder in folders for p in folder.glob("*.h"))
 
 
 def embeds_shaders(source: Path) -> bool:

@@ -13,7 +13,7 @@ import toolchain
 def probe():
     headers = [
         toolchain.ROOT / "csrc/mps/launch_plan.h",
-        toolchain.ROOT / "metal/params.h",
+        toolchain.ROOT / "csrc/mps/params.h",
         toolchain.ROOT / "csrc/format.h",
     ]
     # C++17 with neither torch nor Metal in reach.

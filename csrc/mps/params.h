@@ -4,20 +4,28 @@
 #include <cstdint>
 #endif
 
-#include "../csrc/format.h"
+#include "../format.h"
 
 namespace onebit {
 
 ONEBIT_CONSTANT uint32_t kLanes = 32;  // of a simdgroup, on every Apple GPU
 
 // Function constants: a pipeline is compiled for one value of each, so a branch on them is free.
-ONEBIT_CONSTANT uint32_t kLevelTypeConstant = 0;
-ONEBIT_CONSTANT uint32_t kHasBiasesConstant = 1;
-ONEBIT_CONSTANT uint32_t kIndexedConstant = 2;
-ONEBIT_CONSTANT uint32_t kGroupWordsConstant = 3;
-ONEBIT_CONSTANT uint32_t kOtherTypeConstant = 4;
-ONEBIT_CONSTANT uint32_t kRuleConstant = 5;
-ONEBIT_CONSTANT uint32_t kHasImportanceConstant = 6;
+// The dtypes of levels and of fake-quantized weights (a DType each), whether there are biases and
+// an index, words of a group, the rule (a Rule) and whether values are weighted. Template
+// parameters would make nine instances of a kernel where dtypes are mixed; these leave three.
+#define ONEBIT_FUNCTION_CONSTANTS(X) \
+  X(uint, LevelType, 0)              \
+  X(bool, HasBiases, 1)              \
+  X(bool, Indexed, 2)                \
+  X(uint, GroupWords, 3)             \
+  X(uint, OtherType, 4)              \
+  X(uint, Rule, 5)                   \
+  X(bool, HasImportance, 6)
+#if !defined(__METAL_VERSION__)  // metal/common.h for the shaders
+#define ONEBIT_INDEX(type, name, index) constexpr uint32_t k##name##Constant = index;
+ONEBIT_FUNCTION_CONSTANTS(ONEBIT_INDEX)
+#endif
 
 // Arguments. group_shift is log2 of the words in a group; every size counts elements.
 
