@@ -29,7 +29,7 @@ struct Planes {
   alignas(64) Integer q[kMost][kCount];
   float step[kMost];
   int32_t sum[kMost];  // of q
-  bool one_sided;
+  bool one_sided;      // of float32 only: sums of others are rounded more anyway
 };
 
 // Groups beyond are multiplied value by value: nothing in between over- or underflows.
@@ -117,7 +117,9 @@ ONEBIT_INLINE Fit make_plane(const float* x,
   }
   planes.step[plane] = step;
   planes.sum[plane] = L::sum_ints(sum);
-  if (plane == 0) planes.one_sided = is_one_sided<L, kCount>(x, step * planes.sum[0], size_of_all);
+  if (kWide && plane == 0 && tolerance == tolerance_of(DType::kFloat)) {
+    planes.one_sided = is_one_sided<L, kCount>(x, step * planes.sum[0], size_of_all);
+  }
   // Mostly seen without a look at the rests.
   if (4 * good >= kCount + 8 &&
       (kWide || kCount * largest_rest <= 0.5f * tolerance * size_of_all)) {

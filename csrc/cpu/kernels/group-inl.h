@@ -114,9 +114,7 @@ ONEBIT_INLINE void build_tables(const Activations& x,
   for (int i = 0; i < kM; ++i) {
     const float* v = as_floats<L>(x.data, x.dtype, x.offset(m + i, column), kCount, buffer);
     to_planes<L>(v, x.dtype, planes);
-    if (sizeof(planes.q[0][0]) == 4 && x.dtype == DType::kFloat && planes.one_sided) {
-      group.in_double |= 1u << i;
-    }
+    if (planes.one_sided) group.in_double |= 1u << i;
     if (planes.count == 0) {
       group.plain |= 1u << i;
       planes.step[0] = 0;
@@ -180,50 +178,69 @@ __attribute__((noinline)) void add_plain(
   }
 }
 
-// y[kM, tile t] += what fixed point has lost of a group's small values, where one level is 64 times
-// the other or more: it may be all that counts where the others meet a level of 0.
+// What fixed point has lost of the small values of a group.
+template <int kM, int kCount>
+struct Lost {
+  bool known = false;
+  int count[kM];  // of values of which something that counts is lost
+  uint8_t columns[kM][kCount];
+  float rest[kM][kCount];
+
+  template <class L>
+  __attribute__((noinline)) void find(const Activations& x,
+                                      int64_t m,
+                                      int64_t column,
+                                      const Group<kM>& group) {
+    known = true;
+    const auto tolerance = L::set(2 * tolerance_of(x.dtype));
+    alignas(64) float buffer[kCount], all[kCount];
+    for (int i = 0; i < kM; ++i) {
+      count[i] = 0;
+      const float *v = as_floats<L>(x.data, x.dtype, x.offset(m + i, column), kCount, buffer),
+                  step = group.step(0, i), second = group.planes > 1 ? group.step(1, i) : 0;
+      if (step == 0) continue;  // zeros, or in no table
+      for (int j = 0; j < kCount; j += L::kLanes) {
+        const auto value = L::load(v + j);
+        auto lost = rest_of<L>(value, step);
+        if (second != 0) lost = rest_of<L>(lost, second);
+        L::store(all + j, lost);
+        uint32_t bits = L::greater_bits(L::abs(lost), L::mul(L::abs(value), tolerance));
+        for (; bits != 0; bits &= bits - 1) {
+          const int at = j + __builtin_ctz(bits);
+          columns[i][count[i]] = uint8_t(at);
+          rest[i][count[i]++] = all[at];
+        }
+      }
+    }
+  }
+};
+
+// y[kM, tile t] += what is lost where one level is 64 times the other or more: it may be all that
+// counts where the others meet a level of 0.
 template <class L, int kM, int kWords, class Panel>
 __attribute__((noinline)) void add_lost(const Activations& x,
                                         int64_t m,
                                         int64_t column,
                                         const Group<kM>& group,
+                                        Lost<kM, 32 * kWords>& lost,
                                         const Panel& w,
                                         int64_t t,
                                         const Sums& y) {
-  constexpr int kCount = 32 * kWords;
-  uint32_t unusual = 0;
   for (int r = 0; r < L::kVectors; ++r) {
-    const auto low = L::abs(w.bias(t, r)), high = L::abs(L::add(w.scale(t, r), w.bias(t, r)));
-    const auto far = L::set(64);
-    if (L::greater_bits(low, L::mul(high, far)) | L::greater_bits(high, L::mul(low, far))) {
-      unusual |= 1u << r;
-    }
-  }
-  if (unusual == 0) return;
-  const auto tolerance = L::set(2 * tolerance_of(x.dtype));
-  alignas(64) float buffer[kCount], rest[kCount];
-  for (int i = 0; i < kM; ++i) {
-    const float *v = as_floats<L>(x.data, x.dtype, x.offset(m + i, column), kCount, buffer),
-                step = group.step(0, i), second = group.planes > 1 ? group.step(1, i) : 0;
-    if (step == 0) continue;  // zeros, or in no table
-    int count = 0, columns[kCount];
-    for (int j = 0; j < kCount; j += L::kLanes) {
-      const auto value = L::load(v + j);
-      auto lost = rest_of<L>(value, step);
-      if (second != 0) lost = rest_of<L>(lost, second);
-      L::store(rest + j, lost);
-      uint32_t bits = L::greater_bits(L::abs(lost), L::mul(L::abs(value), tolerance));
-      for (; bits != 0; bits &= bits - 1) columns[count++] = j + __builtin_ctz(bits);
-    }
-    for (int r = 0; count > 0 && r < L::kVectors; ++r) {
-      if (!(unusual >> r & 1u)) continue;
-      const auto scale = w.scale(t, r), bias = w.bias(t, r);
-      const auto low = L::fma(scale, L::zero(), bias), high = L::add(scale, bias);
+    const auto scale = w.scale(t, r), bias = w.bias(t, r);
+    const auto low = L::fma(scale, L::zero(), bias), high = L::add(scale, bias);
+    const auto low_size = L::abs(low), high_size = L::abs(high), far = L::set(64);
+    const bool apart = L::greater_bits(low_size, L::mul(high_size, far)) |
+                       L::greater_bits(high_size, L::mul(low_size, far));
+    if (!apart) continue;
+    if (!lost.known) lost.template find<L>(x, m, column, group);
+    for (int i = 0; i < kM; ++i) {
+      if (lost.count[i] == 0) continue;
       auto sum = L::zero();
-      for (int c = 0; c < count; ++c) {
-        const int j = columns[c];
+      for (int c = 0; c < lost.count[i]; ++c) {
+        const int j = lost.columns[i][c];
         const auto bit = L::bit_of(w.index(t) + L::dword(j, r), L::bit(j, r));
-        sum = L::fma(L::set(rest[j]), L::choose(bit, high, low), sum);
+        sum = L::fma(L::set(lost.rest[i][c]), L::choose(bit, high, low), sum);
       }
       float* out = y.floats + i * y.ld + r * L::kLanes;
       L::store(out, L::add(L::load(out), sum));
@@ -336,6 +353,7 @@ ONEBIT_INLINE void add_group(const Activations& x,
       y.has_doubles[i] = true;
     }
   }
+  Lost<kM, 32 * kWords> lost;
   for (int plane = 0; plane < group.planes; ++plane) {
     const float* from = plane ? second : table;
     for (int64_t t = 0; t < tiles; ++t) {
@@ -349,7 +367,7 @@ ONEBIT_INLINE void add_group(const Activations& x,
       } else {
         continue;
       }
-      if (plane == 0) add_lost<L, kM, kWords>(x, m, column, group, w, t, out);
+      if (plane == 0) add_lost<L, kM, kWords>(x, m, column, group, lost, w, t, out);
     }
   }
   for (int i = 0; __builtin_expect(group.plain >> i, 0); ++i) {
