@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from torch_onebit import CalibrationOptions, LoRALinear, OneBitLinear, calibrate_, quantize_, report
 from torch_onebit.calibration.checkpoint import contents
+from torch_onebit.calibration.layer import Normal
 from torch_onebit.calibration.model import _Bar
 
 FEW = {"group_size": 32, "progress": False, "options": CalibrationOptions(rounds=2)}
@@ -308,6 +309,21 @@ def test_layers_called_more_than_once_are_fitted_to_all_calls(make):
         times = "called 4 times, in a loop: inputs of the float model"
     names = ["qkv", "out", "up", "down"] if make is Looped else ["encoder.0", "encoder.2"]
     assert repeated == dict.fromkeys(names, times)
+
+
+def test_layers_in_a_loop_are_damped_more(monkeypatch):
+    """Their inputs will have the errors of the loops before, which the float model has not."""
+    found = []
+
+    def spy(inputs, centred, damping):
+        found.append((len(inputs.shift), damping))
+        return Normal(inputs, centred, damping)
+
+    monkeypatch.setattr("torch_onebit.calibration.model.Normal", spy)
+    options = CalibrationOptions(damping=0.02)
+    batches = [torch.randn(2, 8, 32)]
+    calibrate_(Looped(loops=2), batches, group_size=32, options=options, progress=False)
+    assert found == [(32, 0.02), (64, 2.0), (64, 2.0), (64, 2.0), (128, 2.0), (64, 0.02)]
 
 
 class Routed(nn.Module):

@@ -13,7 +13,7 @@ from torch_onebit.calibration.jobs import Job
 from torch_onebit.calibration.layer import Result
 from torch_onebit.solver import CalibrationOptions
 
-FORMAT = 3  # of the files, and of what the algorithm makes of the same inputs
+FORMAT = 4  # of the files, and of what the algorithm makes of the same inputs
 
 
 class Store:

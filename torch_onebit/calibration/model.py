@@ -23,6 +23,11 @@ from torch_onebit.reports import CalibrationReport
 from torch_onebit.solver import CalibrationOptions
 from torch_onebit.surgery import FilterFn
 
+# Damping of a layer in a loop, in units of the others'. Its inputs will not be those of the float
+# model that it is fitted to, but have the error of all loops before: damping is what independent
+# errors of that size would add to their moments (docs/which_method.md has figures of an ALBERT).
+LOOPED = 100
+
 
 def calibrate_(
     model: nn.Module,
@@ -159,10 +164,11 @@ def _quantize(
     inputs, outputs, note = collector.collect(group, upcoming)
     start, shared = _lap(start)
     normals: dict[bool, Normal] = {}
+    damping = options.damping * (LOOPED if collector.seen.uses[first.name].loops else 1)
     for job in group:
         centred = job.layer.bias is not None  # means can only be corrected where there is a bias
         if centred not in normals:
-            normals[centred] = Normal(inputs, centred, options.damping)
+            normals[centred] = Normal(inputs, centred, damping)
         result = calibrate_layer(
             job.layer,
             normals[centred],
