@@ -9,8 +9,9 @@ import torch
 
 import torch_onebit  # noqa: F401  (loads the operators)
 
-# The proof that stands in for a Mac runs on Linux.
-collect_ignore = [] if sys.platform == "linux" else ["metal"]
+# The proof that stands in for a Mac or an NVIDIA GPU runs on Linux.
+emulated = [f"cuda/test_{name}.py" for name in ("emulated", "emulated_defects", "fragments")]
+collect_ignore = [] if sys.platform == "linux" else ["metal", "cuda/test_nvrtc.py", *emulated]
 
 DEVICES = ["cpu"]
 if sys.platform == "linux" and find_spec("ziglang"):
