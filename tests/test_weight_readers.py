@@ -74,6 +74,18 @@ def test_hooks_of_a_float_layer_go_along_and_can_be_removed():
     assert seen == [OneBitLinear]
 
 
+def test_calls_ask_for_hooks_without_running_python_and_find_those_there_are():
+    layer, seen = OneBitLinear(64, 8), []
+    assert type(layer._forward_hooks).__bool__ is bool and len(layer._forward_hooks) == 1
+    handles = [layer.register_forward_hook(lambda *_, i=i: seen.append(i)) for i in range(2)]
+    layer(torch.randn(64))
+    for handle in handles:
+        assert layer._forward_hooks
+        handle.remove()
+    layer(torch.randn(64))
+    assert seen == [0, 1] and not layer._forward_hooks and len(layer._forward_hooks) == 1
+
+
 class Experts(nn.Module):
     def __init__(self):
         super().__init__()

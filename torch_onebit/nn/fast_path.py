@@ -26,9 +26,19 @@ class CountedOnce(OrderedDict[int, Any]):
         return super().__len__() > 0
 
 
+class NoHooks(CountedOnce):
+    """The same before there are any: bool(), which is False, runs no Python at every call."""
+
+    __bool__ = bool
+
+    def __setitem__(self, key: int, hook: Any) -> None:
+        self.__class__ = CountedOnce
+        self[key] = hook
+
+
 def decline_fast_path(module: nn.Module) -> None:
     """Have ``nn.TransformerEncoderLayer`` call this module, in place."""
-    module._forward_hooks = CountedOnce(module._forward_hooks)
+    module._forward_hooks = NoHooks(module._forward_hooks)
 
 
 def carry_hooks(layer: nn.Module, new: nn.Module) -> None:
@@ -40,7 +50,7 @@ def carry_hooks(layer: nn.Module, new: nn.Module) -> None:
         if getattr(layer, name):
             setattr(new, name, getattr(layer, name))
     if getattr(new, "is_onebit", False) and not isinstance(new._forward_hooks, CountedOnce):
-        new._forward_pre_hooks = CountedOnce(new._forward_pre_hooks)
+        new._forward_pre_hooks = NoHooks(new._forward_pre_hooks)
 
 
 _HOOKS = [name for name in vars(nn.Module()) if "hook" in name]
