@@ -6,7 +6,6 @@
 #include <nvrtc.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -218,7 +217,6 @@ struct Device {
   Gpu gpu;     // that kernels are compiled for
   Gpu choice;  // that they are chosen for
   CUcontext context;
-  std::atomic<bool> known = false;
   std::mutex mutex;
   std::unordered_map<uint64_t, CUmodule> modules;
   std::unordered_map<uint64_t, CUfunction> functions;
@@ -239,24 +237,22 @@ int chosen_architecture(int own) {
 
 Device& device_of(c10::DeviceIndex index) {
   static Device devices[kMaxDevices];
+  static std::once_flag made[kMaxDevices];
   TORCH_INTERNAL_ASSERT(0 <= index && index < kMaxDevices);
   Device& device = devices[index];
-  // Not std::call_once: an error that left it ended the process.
-  if (device.known.load(std::memory_order_acquire)) return device;
-  const std::lock_guard<std::mutex> lock(device.mutex);
-  if (device.known.load(std::memory_order_relaxed)) return device;
-  const Cuda& c = cuda();
-  const auto attribute = [&](CUdevice_attribute which) {
-    int value = 0;
-    check(c.cuDeviceGetAttribute(&value, which, index), "cuDeviceGetAttribute");
-    return value;
-  };
-  device.gpu = {attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) * 10 +
-                    attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
-                uint32_t(attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT))};
-  device.choice = {chosen_architecture(device.gpu.architecture), device.gpu.multiprocessors};
-  check(c.cuDevicePrimaryCtxRetain(&device.context, index), "cuDevicePrimaryCtxRetain");
-  device.known.store(true, std::memory_order_release);
+  std::call_once(made[index], [&] {
+    const Cuda& c = cuda();
+    const auto attribute = [&](CUdevice_attribute which) {
+      int value = 0;
+      check(c.cuDeviceGetAttribute(&value, which, index), "cuDeviceGetAttribute");
+      return value;
+    };
+    device.gpu = {attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) * 10 +
+                      attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
+                  uint32_t(attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT))};
+    device.choice = {chosen_architecture(device.gpu.architecture), device.gpu.multiprocessors};
+    check(c.cuDevicePrimaryCtxRetain(&device.context, index), "cuDevicePrimaryCtxRetain");
+  });
   return device;
 }
 
