@@ -15,8 +15,10 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from transformers.masking_utils import sdpa_mask
 
 import torch_onebit
 from torch_onebit.bench.limits import measure_limits
@@ -52,11 +54,29 @@ def random_model(shape: str, layers: int | None) -> torch.nn.Module:
     return torch_onebit.quantize_(model, group_size=128, symmetric=True, skip=[], progress=False)
 
 
+def by_key_head(module, query, key, value, attention_mask, scaling=None, **_):
+    """One token: query heads that share keys are rows of one product; nothing is repeated."""
+    batch, heads, tokens, size = query.shape
+    if tokens > 1:
+        y = F.scaled_dot_product_attention(
+            query, key, value, attention_mask, scale=scaling, enable_gqa=True
+        )
+    else:
+        rows = query.view(batch, key.shape[1], -1, size)
+        y = F.scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)
+    return y.reshape(batch, heads, tokens, size).transpose(1, 2), None
+
+
+transformers.AttentionInterface.register("by_key_head", by_key_head)
+transformers.AttentionMaskInterface.register("by_key_head", sdpa_mask)
+
+
 class Ours:
     """A transformers model that keeps its cache between calls."""
 
     def __init__(self, model: torch.nn.Module, length: int):
         torch_onebit.prepack_(model)
+        model.set_attn_implementation("by_key_head")
         self.model, self.length = model, length
         self.step = torch.compile(model.forward, fullgraph=True)
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=length)
