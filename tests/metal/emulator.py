@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -64,17 +65,28 @@ class Dispatch(ctypes.Structure):
     ]
 
 
-def build(sources: list[Path], include: list[Path] = (), defines: tuple[str, ...] = ()) -> Path:
-    """One shared library of all kernels in `sources`; cached by content."""
+def translated(
+    sources: list[Path],
+    include: list[Path],
+    defines: tuple[str, ...],
+    entries: Callable[[Translator], str],
+) -> tuple[Translator, str]:
+    """All kernels in `sources` as C++, followed by what `entries` makes of them."""
     merged = "".join(f'#include "{s.resolve()}"\n' for s in sources)
-    cache = toolchain.cache_directory()
-    umbrella = toolchain.put(cache / f"umbrella-{toolchain.digest(merged)}.metal", merged)
-    unit = Translator(preprocess(umbrella, list(include), defines))
-    body = '#include "msl.h"\n' + unit.translate() + "\n" + entries(unit)
+    umbrella = toolchain.cache_directory() / f"umbrella-{toolchain.digest(merged)}.metal"
+    unit = Translator(preprocess(toolchain.put(umbrella, merged), include, defines))
+    body = unit.translate() + "\n" + entries(unit)
     if unit.errors:
         raise MslError("\n".join(unit.errors))
+    return unit, body
+
+
+def build(sources: list[Path], include: list[Path] = (), defines: tuple[str, ...] = ()) -> Path:
+    """One shared library of all kernels in `sources`; cached by content."""
+    unit, body = translated(sources, list(include), defines, entries)
     # Apple's compiler fuses a * b + c where the source does not forbid it, and so does this one.
-    return link(body, [f"-ffp-contract={'fast' if unit.contracts else 'off'}"])
+    contract = "fast" if unit.contracts else "off"
+    return link(f'#include "msl.h"\n{body}', [f"-ffp-contract={contract}"])
 
 
 def link(body: str, flags: list[str], folders: tuple[Path, ...] = ()) -> Path:

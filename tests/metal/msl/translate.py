@@ -8,6 +8,7 @@ them to OpenCL's, whose rules are nearly Metal's.
 import ast
 import re
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -301,10 +302,10 @@ class Translator:
         return end + 1
 
 
-def entries(unit: Translator) -> str:
-    """The tables that let the emulator find kernels and function constants by name."""
-    lines, table, seen = [], [], {}
-    for number, (host_name, expression, place) in enumerate(unit.instances):
+def calls(unit: Translator) -> Iterator[tuple[str, Kernel, str]]:
+    """Of every instance its host_name, its kernel and the call that binds its arguments."""
+    seen: dict[str, str] = {}
+    for host_name, expression, place in unit.instances:
         if host_name in seen:
             unit.errors.append(f'{place}: host_name "{host_name}" is used at {seen[host_name]}')
         seen[host_name] = place
@@ -312,13 +313,20 @@ def entries(unit: Translator) -> str:
         if base not in unit.kernels:
             unit.errors.append(f"{place}: instantiation of {base}, which is no kernel")
             continue
+        kernel = unit.kernels[base]
         sources = [
             f"emu::BufferIndex{{{p.index}}}" if p.attribute == "buffer" else _built_in(p.attribute)
-            for p in unit.kernels[base].parameters
+            for p in kernel.parameters
         ]
-        arguments = ", ".join([f"&{expression}", *sources])
-        lines.append(f"static void emu_entry_{number}() {{ emu::call({arguments}); }}")
-        declared = [p.index for p in unit.kernels[base].parameters if p.attribute == "buffer"]
+        yield host_name, kernel, f"emu::call({', '.join([f'&{expression}', *sources])});"
+
+
+def entries(unit: Translator) -> str:
+    """The tables that let the emulator find kernels and function constants by name."""
+    lines, table = [], []
+    for number, (host_name, kernel, call) in enumerate(calls(unit)):
+        lines.append(f"static void emu_entry_{number}() {{ {call} }}")
+        declared = [p.index for p in kernel.parameters if p.attribute == "buffer"]
         mask = sum(1 << int(index) for index in declared)
         table.append(f'{{"{host_name}", emu_entry_{number}, {mask}u}}')
     constants = [f"{{{index}, &{name}, sizeof({name})}}" for name, index in unit.function_constants]
