@@ -78,9 +78,22 @@ class Weight:
         count = -(-CACHE_BYTES // (w.numel() * w.element_size())) if rotate else 1
         return [w, *(w.clone() for _ in range(count - 1))]
 
+    def exact(self):
+        """They in float64, where the rounding of decoded weights counts as error, as it should."""
+        words, *levels = self.packed[0]
+        wide = [None if t is None else t.double() for t in levels]
+        return torch_onebit.dequantize(words, *wide, self.group_size)
+
 
 def error(y, exact) -> float:
     return float((y.double() - exact).norm() / exact.norm())
+
+
+def compared(what, m, n, k, ours_us, theirs_us, **more) -> Row:
+    """The row of one product beside another's."""
+    ratio = theirs_us / ours_us
+    sizes = {"m": m, "n": n, "k": k}
+    return {"what": what, **sizes, "us": ours_us, "torch_us": theirs_us, "ratio": ratio, **more}
 
 
 def product(what, m, n, k, *, dtype=BF, group_size=128, symmetric=False, transpose=True) -> Row:
@@ -96,28 +109,24 @@ def product(what, m, n, k, *, dtype=BF, group_size=128, symmetric=False, transpo
         return ops.qmm(x, *p, w.group_size, transpose)
 
     few = slice(0, min(m, 32))
-    # In float64 the rounding of decoded weights counts as error, as it should.
-    words, *levels = w.packed[0]
-    wide = [None if t is None else t.double() for t in levels]
-    exact_w = torch_onebit.dequantize(words, *wide, w.group_size)
+    exact_w = w.exact()
     exact = x[few].double() @ (exact_w.mT if transpose else exact_w)
     errors = error(ours(w.packed[0])[few], exact), error(plain(dense[0])[few], exact)
     del exact_w
     repeat = 1 if rotate else max(1, int(2e11 / (2 * m * n * k)))
     theirs_us = graph_us([lambda d=d: plain(d) for d in dense] * repeat)
     ours_us = graph_us([lambda p=p: ours(p) for p in w.packed] * repeat)
-    return {
-        "what": what,
-        "m": m,
-        "n": n,
-        "k": k,
-        "us": ours_us,
-        "torch_us": theirs_us,
-        "ratio": theirs_us / ours_us,
-        "error": errors[0],
-        "torch_error": errors[1],
-        "tflops": 2 * m * n * k / ours_us / 1e6,
-    }
+    return compared(
+        what,
+        m,
+        n,
+        k,
+        ours_us,
+        theirs_us,
+        error=errors[0],
+        torch_error=errors[1],
+        tflops=2 * m * n * k / ours_us / 1e6,
+    )
 
 
 def limits() -> dict:
@@ -271,16 +280,7 @@ def int4() -> list[Row]:
                 ]
             )
             ours = graph_us([lambda p=p, x=x: ops.qmm(x, *p, 128) for p in w.packed])
-            shape = {"m": m, "n": n, "k": k}
-            found.append(
-                {
-                    "what": "torch int4",
-                    **shape,
-                    "us": ours,
-                    "torch_us": theirs,
-                    "ratio": theirs / ours,
-                }
-            )
+            found.append(compared("torch int4", m, n, k, ours, theirs))
     return found
 
 
@@ -303,26 +303,18 @@ def gemlite_product(n: int, k: int, rows: tuple[int, ...]) -> list[Row]:
         bits = torch_onebit.unpack_bits(packed).to(torch.uint8)
         layer.pack(bits, scales.clone(), (-biases.float() / scales.float()).half(), None)
         theirs.append(layer)
-    dense = ops.dequantize(*(t.double() if t.is_floating_point() else t for t in w.packed[0]), 128)
+    dense = w.exact()
     found = []
     for m in rows:
         x = torch.randn(m, k, device="cuda", dtype=half)
         exact = x.double() @ dense.mT
         theirs_us = graph_us([lambda layer=layer, x=x: layer(x) for layer in theirs])
         ours_us = graph_us([lambda p=p, x=x: ops.qmm(x, *p, 128) for p in w.packed])
-        found.append(
-            {
-                "what": "gemlite, 1 bit, float16",
-                "m": m,
-                "n": n,
-                "k": k,
-                "us": ours_us,
-                "torch_us": theirs_us,
-                "ratio": theirs_us / ours_us,
-                "error": error(ops.qmm(x, *w.packed[0], 128), exact),
-                "torch_error": error(theirs[0](x), exact),
-            }
-        )
+        errors = {
+            "error": error(ops.qmm(x, *w.packed[0], 128), exact),
+            "torch_error": error(theirs[0](x), exact),
+        }
+        found.append(compared("gemlite, 1 bit, float16", m, n, k, ours_us, theirs_us, **errors))
     return found
 
 
