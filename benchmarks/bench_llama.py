@@ -11,7 +11,6 @@ prompt of 512 tokens, then single tokens after it.
 import argparse
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -22,35 +21,31 @@ from transformers.masking_utils import sdpa_mask
 
 import torch_onebit
 from torch_onebit.bench.limits import measure_limits
-from torch_onebit.bench.measure import SPIN
+from torch_onebit.bench.measure import time_once
+from torch_onebit.bench.model import Shape
 
 PROMPT = 512
-# layers, hidden, intermediate, heads, heads of keys
 SHAPES = {
-    "0.6B": (28, 1024, 3072, 16, 8),
-    "1.7B": (28, 2048, 6144, 16, 8),
-    "8B": (36, 4096, 12288, 32, 8),
+    "0.6B": Shape(hidden=1024, intermediate=3072),
+    "1.7B": Shape(),
+    "8B": Shape(layers=36, hidden=4096, intermediate=12288, heads=32),
 }
-ROWS = 151936
 
 
-def random_model(shape: str, layers: int | None) -> torch.nn.Module:
-    """Of that shape, packed, its head not tied; no dense weights are ever made."""
-    count, hidden, intermediate, heads, kv_heads = SHAPES[shape]
+def random_model(shape: Shape, layers: int | None) -> torch.nn.Module:
+    """Of that shape, or with fewer layers, packed; its head is not tied."""
     config = transformers.Qwen3Config(
-        vocab_size=ROWS,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers or count,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=128,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=layers or shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
         tie_word_embeddings=False,
-        max_position_embeddings=2048,
+        max_position_embeddings=shape.context,
     )
-    torch.set_default_dtype(torch.bfloat16)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    torch.set_default_dtype(torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     return torch_onebit.quantize_(model, group_size=128, symmetric=True, skip=[], progress=False)
 
 
@@ -77,7 +72,7 @@ class Ours:
     def __init__(self, model: torch.nn.Module, length: int):
         torch_onebit.prepack_(model)
         model.set_attn_implementation("by_key_head")
-        self.model, self.length = model, length
+        self.model = model
         self.step = torch.compile(model.forward, fullgraph=True)
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=length)
 
@@ -113,13 +108,6 @@ class LlamaCpp:
         self.model.eval(ids.tolist())
 
 
-def seconds(call) -> float:
-    SPIN()
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="1.7B")
@@ -129,7 +117,8 @@ def main() -> None:
     args = parser.parse_args()
     threads, length = torch.get_num_threads(), PROMPT + 64
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        model = random_model(args.shape, args.layers)
+        shape = SHAPES[args.shape]
+        model = random_model(shape, args.layers)
         path = Path(folder) / "model.gguf"
         torch_onebit.export_gguf(model, path)
         print(f"{args.shape}: {path.stat().st_size / 1e6:.0f} MB, {threads} threads", flush=True)
@@ -140,14 +129,14 @@ def main() -> None:
             for t in m.state_dict().values()
         )
         sides = {"ours": Ours(model, length), "llama.cpp": LlamaCpp(path, length, threads)}
-        ids = torch.randint(ROWS, (length,))
+        ids = torch.randint(shape.vocabulary, (length,))
         prefill = {name: [] for name in sides}
         decode = {name: [] for name in sides}
         for lap in range(args.rounds + 1):
             for name, side in sides.items():
-                first = seconds(lambda side=side: side.eval(ids[:PROMPT], 0))
+                first = time_once(lambda side=side: side.eval(ids[:PROMPT], 0))
                 each = [
-                    seconds(lambda side=side, i=i: side.eval(ids[i : i + 1], i))
+                    time_once(lambda side=side, i=i: side.eval(ids[i : i + 1], i))
                     for i in range(PROMPT, PROMPT + args.tokens)
                 ]
                 if lap > 0:  # the first compiles

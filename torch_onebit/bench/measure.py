@@ -73,6 +73,12 @@ def interleave(calls: dict[str, Callable[[], object]], rounds: int = 5) -> dict[
     return {name: Timing(values) for name, values in samples.items()}
 
 
+def time_once(call: Callable[[], object]) -> float:
+    """Seconds of one call that takes long, after a spin."""
+    SPIN()
+    return _seconds(call, 1)
+
+
 def _seconds(call: Callable[[], object], repeats: int) -> float:
     begin = time.perf_counter()
     for _ in range(repeats):

@@ -1,13 +1,12 @@
 """Tokens per second of a decoder of Qwen3-1.7B's shape, in 1 bit and bfloat16, random weights."""
 
-import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_onebit.bench.measure import SPIN
+from torch_onebit.bench.measure import time_once
 from torch_onebit.nn import OneBitLinear
 from torch_onebit.prepacking import prepack_
 
@@ -99,10 +98,10 @@ def measure_model(prompt: int = 512, tokens: int = 16) -> list[dict[str, object]
                 prepack_(model)
             x = torch.randn(prompt, Shape.hidden).bfloat16()
             model(x[:8], 0)
-            prefill = _seconds(lambda model=model, x=x: model(x, 0))
+            prefill = time_once(lambda model=model, x=x: model(x, 0))
             model(x[:1], prompt)
             steps = [
-                _seconds(lambda model=model, x=x, i=i: model(x[:1], prompt + i))
+                time_once(lambda model=model, x=x, i=i: model(x[:1], prompt + i))
                 for i in range(tokens)
             ]
         decode = sorted(steps)[tokens // 2]
@@ -117,10 +116,3 @@ def measure_model(prompt: int = 512, tokens: int = 16) -> list[dict[str, object]
         )
         del model
     return rows
-
-
-def _seconds(call) -> float:
-    SPIN()
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
