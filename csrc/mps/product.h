@@ -9,7 +9,7 @@ namespace onebit::mps {
 
 // As QmmParams says, ready for kernels. biases and indices may be undefined.
 struct ProductTensors {
-  at::Tensor x, packed, scales, biases, x_index, w_index;
+  at::Tensor x, packed, scales, biases{}, x_index{}, w_index{};
 };
 
 void encode_product(const ProductPlan& plan, const ProductTensors& tensors, const at::Tensor& y);
