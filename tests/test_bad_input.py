@@ -1,5 +1,6 @@
 """Bad input to the Python API: `<argument> must <rule>, got <value>`, and nothing has changed."""
 
+import inspect
 import math
 import re
 
@@ -19,12 +20,17 @@ from torch_onebit import (
     calibrate_,
     convert_,
     dequantize_,
+    ops,
+    pack_bits,
     prepare_qat_,
     quantize_,
+    quantize_weight,
     thaw_levels_,
+    unpack_bits,
 )
 
 CONV = nn.Conv2d(1, 1, 1)
+X = torch.ones(4, 128)
 
 
 def plain() -> nn.Module:
@@ -218,6 +224,14 @@ WRONG_TYPES = [
     (lambda: quantize_(plain(), skip="head"), "skip must be a list of patterns .* got 'head'"),
     (lambda: quantize_(plain(), skip=[1]), r"skip must be a list of patterns .* got \[1\]"),
     (lambda: convert_(plain(), dtype="half"), "dtype must be float32, .* got 'half'"),
+    (lambda: calibrate_(plain(), [], options="x"), "options must be CalibrationOptions, got str"),
+    (lambda: quantize_weight("w"), "w must be a tensor, got str"),
+    (lambda: quantize_weight(X, importance=1), "importance must be a tensor or None, got int"),
+    (lambda: quantize_weight(X, moments=1), "moments must be a tensor or None, got int"),
+    (lambda: pack_bits([True]), "bits must be a tensor, got list"),
+    (lambda: unpack_bits([7]), "packed must be a tensor, got list"),
+    (lambda: ops.quantize_affine("w", X, X), "w must be a tensor, got str"),
+    (lambda: ops.quantize_affine(X, X, None), "biases must be a tensor, got NoneType"),
 ]
 
 
@@ -225,6 +239,47 @@ WRONG_TYPES = [
 def test_a_value_of_the_wrong_type_is_a_type_error(call, message):
     with pytest.raises(TypeError, match=message):
         call()
+
+
+OPERATORS = [
+    ("quantize", "group_size", "32", "an int, got str"),
+    ("quantize", "group_size", 32.0, "an int, got float"),
+    ("quantize", "w", [1.0], "a tensor, got list"),
+    ("dequantize", "scales", 1.0, "a tensor, got float"),
+    ("dequantize", "biases", 1.0, "a tensor or None, got float"),
+    ("embedding", "indices", 3, "a tensor, got int"),
+    ("qmm", "x", "x", "a tensor, got str"),
+    ("qmm", "transpose", "no", "a bool, got str"),
+    ("linear", "bias", 1.5, "a tensor or None, got float"),
+    ("gather_qmm", "rhs_indices", [0], "a tensor or None, got list"),
+    ("affine_grad", "grad", {}, "a tensor, got dict"),
+    ("prepack", "group_size", None, "an int, got None"),
+    ("unprepack", "rows", "1", "an int, got str"),
+    ("unprepack", "dtype", "half", "a torch.dtype, got str"),
+    ("qmm_prepacked", "symmetric", "no", "a bool, got str"),
+    ("quantize_levels", "rule", 3, "a str, got int"),
+    ("quantize_levels", "importance", "x", "a tensor or None, got str"),
+    ("fake_quantize", "dtype", "half", "a torch.dtype or None, got str"),
+    ("fake_quantize_backward", "grad", 1, "a tensor, got int"),
+    ("fake_quantize_affine", "biases", 1, "a tensor, got int"),
+    ("quantize_affine", "group_size", "32", "an int, got str"),
+    ("fake_quantize_affine_backward", "grad", 1, "a tensor, got int"),
+]
+
+
+@pytest.mark.parametrize("op, name, value, message", OPERATORS)
+def test_an_operator_names_an_argument_of_the_wrong_type(op, name, value, message):
+    """Not in the words of torch's dispatcher, which raises a RuntimeError."""
+    operator = getattr(ops, op)
+    arguments = {}
+    for parameter in inspect.signature(operator).parameters.values():
+        if parameter.default is not parameter.empty:
+            continue
+        arguments[parameter.name] = {"rule": "sign", "rows": 4, "columns": 32}.get(
+            parameter.name, torch.ones(4, 32)
+        )
+    with pytest.raises(TypeError, match=f"^{name} must be {re.escape(message)}$"):
+        operator(**{**arguments, name: value})
 
 
 def test_filter_gives_lora_options_per_layer():

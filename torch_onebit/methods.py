@@ -9,12 +9,14 @@
 docs/which_method.md has what each is worth.
 """
 
+from types import NoneType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from torch_onebit import ops
-from torch_onebit.checks import check_group_size
+from torch_onebit.checks import check_group_size, check_kind
 from torch_onebit.ops import quantize_levels
 from torch_onebit.padding import fill, missing
 from torch_onebit.solver import quantize_calibrated
@@ -59,6 +61,9 @@ def quantize_weight(
     Raises:
         ValueError: an argument that is not allowed; the message names it and its value.
     """
+    check_kind("w", w, Tensor, "a tensor")
+    for name, value in (("importance", importance), ("moments", moments)):
+        check_kind(name, value, (Tensor, NoneType), "a tensor or None")
     check_method(method, symmetric)
     if (moments is not None) != (method == "calibrated"):
         raise ValueError(

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from torch_onebit.checks import check_kind
+
 WORD_BITS = 32
 
 
@@ -16,6 +18,7 @@ def pack_bits(bits: Tensor) -> Tensor:
     Raises:
         ValueError: bits of another dtype, or a last dimension that is not a multiple of 32.
     """
+    check_kind("bits", bits, Tensor, "a tensor")
     if bits.dtype != torch.bool:
         raise ValueError(f"bits must be bool, got {bits.dtype}")
     if bits.dim() == 0 or bits.shape[-1] % WORD_BITS:
@@ -41,6 +44,7 @@ def unpack_bits(packed: Tensor) -> Tensor:
     Raises:
         ValueError: packed of another dtype.
     """
+    check_kind("packed", packed, Tensor, "a tensor")
     if packed.dtype not in (torch.int32, torch.uint32):
         raise ValueError(f"packed must be int32 or uint32, got {packed.dtype}")
     # A copy: a last dimension of one word may have any stride and count as contiguous.

@@ -17,7 +17,7 @@ from torch_onebit.calibration.jobs import Job, find_jobs, install, put
 from torch_onebit.calibration.layer import Normal, Result, calibrate_layer, without_data
 from torch_onebit.calibration.running import multiply_in_bfloat16
 from torch_onebit.calibration.survey import Survey, survey
-from torch_onebit.checks import check_count
+from torch_onebit.checks import check_count, check_kind
 from torch_onebit.methods import check_method
 from torch_onebit.reports import CalibrationReport
 from torch_onebit.solver import CalibrationOptions
@@ -88,7 +88,8 @@ def calibrate_(
     """
     check_method("calibrated", symmetric)
     check_count("lora_rank", lora_rank)
-    options = options or CalibrationOptions()
+    options = CalibrationOptions() if options is None else options
+    check_kind("options", options, CalibrationOptions, "CalibrationOptions")
     defaults = {"group_size": group_size, "symmetric": symmetric}
     plan, jobs = find_jobs(model, filter_fn, skip, defaults)
     calls, batches_taken = as_calls(model, batches)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from torch_onebit.ops.batching import Dims, front, stack_all
+from torch_onebit.ops.typed import typed
 
 
+@typed
 def quantize(w: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize to 1 bit by MLX's min/max rule, which is poor for real-valued weights.
 
@@ -26,6 +28,7 @@ def quantize(w: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.onebit.quantize(w, group_size)
 
 
+@typed
 def dequantize(
     packed: Tensor, scales: Tensor, biases: Tensor | None = None, group_size: int = 128
 ) -> Tensor:
@@ -44,6 +47,7 @@ def dequantize(
     return torch.ops.onebit.dequantize(packed, scales, biases, group_size)
 
 
+@typed
 def embedding(
     indices: Tensor,
     packed: Tensor,

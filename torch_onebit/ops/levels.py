@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_onebit.checks import check_kind
 from torch_onebit.ops.batching import Dims, front, pad, stack_all
+from torch_onebit.ops.typed import typed
 from torch_onebit.packing import pack_bits
 
 RULES = ("minmax", "sign", "mean", "optimal")
 
 
+@typed
 def quantize_levels(
     w: Tensor, rule: str, group_size: int = 128, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,6 +43,7 @@ def quantize_levels(
     return torch.ops.onebit.quantize_levels(w, rule, group_size, importance)
 
 
+@typed
 def fake_quantize(
     w: Tensor, rule: str, group_size: int = 128, *, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -58,11 +62,13 @@ def fake_quantize(
     return torch.ops.onebit.fake_quantize(w, rule, group_size, dtype=dtype)
 
 
+@typed
 def fake_quantize_backward(grad: Tensor, w: Tensor, rule: str, group_size: int = 128) -> Tensor:
     """The gradient of ``fake_quantize`` for w, given the one for its result; both shaped as w."""
     return torch.ops.onebit.fake_quantize_backward(grad, w, rule, group_size)
 
 
+@typed
 def fake_quantize_affine(
     w: Tensor,
     scales: Tensor,
@@ -88,6 +94,7 @@ def fake_quantize_affine(
     return torch.ops.onebit.fake_quantize_affine(w, scales, biases, group_size, dtype=dtype)
 
 
+@typed
 def quantize_affine(w: Tensor, scales: Tensor, biases: Tensor, group_size: int = 128) -> Tensor:
     """The bits that ``fake_quantize_affine`` takes, packed: they follow from its own results.
 
@@ -98,12 +105,15 @@ def quantize_affine(w: Tensor, scales: Tensor, biases: Tensor, group_size: int =
     Raises:
         ValueError: an argument that is not allowed; the message names it and its value.
     """
+    check_kind("w", w, Tensor, "a tensor")
+    check_kind("biases", biases, Tensor, "a tensor")
     exact = torch.float64 if w.dtype == torch.float64 else torch.float32
     w_hat = torch.ops.onebit.fake_quantize_affine(w, scales, biases, group_size, dtype=exact)
     low = biases.to(exact).unsqueeze(-1)
     return pack_bits((w_hat.unflatten(-1, (-1, group_size)) != low).flatten(-2))
 
 
+@typed
 def fake_quantize_affine_backward(
     grad: Tensor, w: Tensor, scales: Tensor, biases: Tensor, group_size: int = 128
 ) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_onebit.ops.batching import Dims, front, pad, stack_all
+from torch_onebit.ops.typed import typed
 
 # Without the call of a Python function, for modules.
 linear_op = torch.ops.onebit.linear
@@ -14,6 +15,7 @@ linear_prepacked_op = torch.ops.onebit.linear_prepacked
 can_prepack, cpu_isa = torch.ops.onebit.can_prepack, torch.ops.onebit.cpu_isa
 
 
+@typed
 def qmm(
     x: Tensor,
     packed: Tensor,
@@ -42,6 +44,7 @@ def qmm(
     return torch.ops.onebit.qmm(x, packed, scales, biases, group_size, transpose)
 
 
+@typed
 def linear(
     x: Tensor,
     packed: Tensor,
@@ -63,6 +66,7 @@ def linear(
     return linear_op(x, packed, scales, biases, bias, group_size)
 
 
+@typed
 def prepack(
     packed: Tensor, scales: Tensor, biases: Tensor | None = None, group_size: int = 128
 ) -> Tensor:
@@ -81,6 +85,7 @@ def prepack(
     return torch.ops.onebit.prepack(packed, scales, biases, group_size)
 
 
+@typed
 def unprepack(
     prepacked: Tensor,
     rows: int,
@@ -104,6 +109,7 @@ def unprepack(
     return packed, scales, None if symmetric else biases
 
 
+@typed
 def qmm_prepacked(
     x: Tensor,
     prepacked: Tensor,
@@ -128,6 +134,7 @@ def qmm_prepacked(
     return torch.ops.onebit.qmm_prepacked(x, prepacked, rows, columns, group_size, dtype, symmetric)
 
 
+@typed
 def gather_qmm(
     x: Tensor,
     packed: Tensor,
@@ -170,6 +177,7 @@ def gather_qmm(
     )
 
 
+@typed
 def affine_grad(
     grad: Tensor,
     x: Tensor,
