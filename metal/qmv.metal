@@ -48,12 +48,13 @@ template <typename T>
     for (uint r = 0; r < kQmvRows; r++) {
       const Levels levels = read_levels(scales, biases, row[r] * groups + (word >> p.group_shift));
       const float one = levels.scale + levels.bias;
-      float part = 0;  // of one word, then added: long sums in one register round more
+      // Of one word, in four parts: what long sums of one sign round off, all lanes round off.
+      float part[4] = {0, 0, 0, 0};
       ONEBIT_UNROLL
       for (uint i = 0; i < kWordBits; i++) {
-        part = fma(select(levels.bias, one, bit_of(bits[r], i)), value[i], part);
+        part[i % 4] = fma(select(levels.bias, one, bit_of(bits[r], i)), value[i], part[i % 4]);
       }
-      sum[r] += part;
+      sum[r] += (part[0] + part[1]) + (part[2] + part[3]);
     }
   }
   ONEBIT_UNROLL

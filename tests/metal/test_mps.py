@@ -209,6 +209,31 @@ def test_tiles_keep_the_rule_on_structured_products(
     assert error <= allowed, f"torch {plain}"
 
 
+# Few rows of float32: terms of one sign, whose roundings are the same in every lane. x, levels,
+# bits, group size, groups, rows, why
+ONE_SIGN = [
+    ("a float16 number with all bits", "s = 2d, b = -d", "all clear", 64, 1, 1, "equal terms"),
+    ("sorted", "high is 0", "rare", 64, 3, 1, "neighbours of one size"),
+    ("0.3", "negative scale", "all clear", 128, 1, 2, "equal terms, two rows"),
+    ("a float16 number with all bits", "low is near 0", "all clear", 128, 1, 5, "six rows"),
+    ("sorted", "lopsided", "all clear", 128, 2, 7, "eight rows"),
+    ("0.3", "high is near 0", "one clear", 128, 20, 3, "several words a lane"),
+]
+
+
+@pytest.mark.parametrize("x, levels, bits, group, groups, m, why", ONE_SIGN)
+def test_few_rows_of_float32_keep_the_rule_on_terms_of_one_sign(
+    x, levels, bits, group, groups, m, why
+):
+    ratios = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        case = Case(x, levels, bits, torch.float32, torch.float16, group, m, 128, groups)
+        error, _, allowed = errors(case, device="mps")
+        ratios.append(error / allowed)
+    assert max(ratios) <= 1, ratios
+
+
 @pytest.mark.parametrize("gpu", [M1, M3_MAX])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_sorted_indices_share_a_pass_over_each_matrix(dtype, gpu, monkeypatch):

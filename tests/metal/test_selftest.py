@@ -39,7 +39,9 @@ MUTANTS = {
     "qmv: matrix of x": ("qmv.metal", "x += matrices.x * p.k;", "", "gather"),
     "qmv: group of a word": ("qmv.metal", "(word >> p.group_shift)", "(word >> 1)"),
     "qmv: levels swapped": ("qmv.metal", "select(levels.bias, one,", "select(one, levels.bias,"),
-    "qmv: a sum in half": ("qmv.metal", "sum[r] += part;", "sum[r] = float(half(sum[r] + part));"),
+    "qmv: a sum in half": ("qmv.metal", "sum[r] += (part[0]", "sum[r] += float(half(part[0])"),
+    "qmv: a part is lost": ("qmv.metal", "(part[2] + part[3])", "part[2]"),
+    "qmv_wide: odd terms are lost": ("qmv_wide.metal", "(part[0] + part[1])", "part[0]"),
     "qmv: last word": ("qmv.metal", "word < words;", "word + 1 < words;"),
     "levels: absent biases": ("common.h", "-0.5f * levels.scale", "0.5f * levels.scale"),
     "levels: another dtype": (
