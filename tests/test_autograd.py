@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
+from torch_onebit import quantize_, thaw_levels_
+
 ops = torch.ops.onebit
 
 
@@ -226,6 +228,22 @@ def test_functional_transforms_go_through():
     value, pull = torch.func.vjp(lambda s: ops.qmm(x, packed, s, biases, 64), scales)
     expected = ops.affine_grad(torch.ones_like(value), x, packed, None, None, 64)[0]
     torch.testing.assert_close(pull(torch.ones_like(value))[0], expected)
+
+
+def test_compiled_autograd_of_a_compiled_step_gives_the_same_gradients():
+    """That of PyTorch makes modules while frames are compiled: hooks on modules are among them."""
+    model = thaw_levels_(quantize_(torch.nn.Sequential(torch.nn.Linear(64, 8)), group_size=32))
+    x = torch.randn(3, 64)
+
+    def step() -> list[Tensor]:
+        model.zero_grad()
+        model(x).square().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    expected = [t.clone() for t in step()]
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(step, backend="aot_eager")()
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected)
 
 
 @pytest.mark.parametrize("name", ["fake_quantize", "fake_quantize_affine", *NAMES])

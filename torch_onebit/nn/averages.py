@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from torch import nn
+from torch._C._dynamo import eval_frame
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim import swa_utils
 
@@ -36,6 +37,12 @@ class CheckedUpdate:
 @cache
 def watch_averages() -> None:
     """Have torch.nn tell of models that are put into an AveragedModel; once per process."""
+    # Compiled autograd would trace the hook while it makes a module, and fails on what is half
+    # made. torch.compiler.disable does this too and takes a second to import.
+    skip = eval_frame._FrameExecStrategy(
+        eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+    )
+    eval_frame.set_code_exec_strategy(_check.__code__, skip)
     register_module_module_registration_hook(_check)
 
 
