@@ -271,10 +271,11 @@ def affine_grad(choose: random.Random) -> tuple[dict, Check]:
         plain = arguments
     want = level_gradients(plain, scales, x.double(), grad.double())
     mass = level_gradients(plain, scales, x.double().abs(), grad.double().abs())
-    terms = max(1, grad.numel() // max(1, grad.shape[-1])) + arguments["group_size"]
+    rows = max(1, grad.numel() // max(1, grad.shape[-1]))
     sums = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if sums == torch.float64:  # one value after the other, and what is expected rounds as often
-        terms *= 4
+    # In float64 one value is added after the other: sums of one sign round as often, alike.
+    size = arguments["group_size"]
+    terms = rows * size if sums == torch.float64 else rows + size
 
     def check(result: tuple[Tensor, Tensor]) -> None:
         for got, w, m in zip(result, want, mass, strict=True):
