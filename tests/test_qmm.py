@@ -6,7 +6,8 @@ from cases import MIX_IDS, MIXES, SHAPE_IDS, SHAPES
 from helpers import assert_qmm, make_weights, torch_qmm
 from torch import Tensor
 
-qmm = torch.ops.onebit.qmm
+ops = torch.ops.onebit
+qmm = ops.qmm
 
 
 def make_qmm(m, n, k, x_dtype, dtype, group_size, affine, transpose=True, device="cpu"):
@@ -175,18 +176,42 @@ def test_levels_that_are_not_finite_spoil_what_they_meet(levels, m, isa):
     assert y[:, :7].isfinite().all() and y[:, 8:].isfinite().all()
 
 
-@pytest.mark.parametrize("transpose", [True, False])
-def test_flush_to_zero_mode_changes_nothing(transpose, isa):
+SUBNORMAL, ONES = 1e-39 * torch.randn(64, 512), torch.randn(64, 512)
+FLUSHED = {
+    "qmm": lambda *w: qmm(SUBNORMAL, *w, 128),
+    "qmm, transposed": lambda *w: qmm(SUBNORMAL, *w, 128, False),
+    "qmm of subnormal levels": lambda *w: qmm(ONES, *w, 128),
+    "affine_grad": lambda packed, *_: ops.affine_grad(ONES, SUBNORMAL, packed, None, None, 128),
+    "quantize": lambda *_: ops.quantize(SUBNORMAL, 128),
+    "dequantize": lambda *w: ops.dequantize(*w, 128),
+    "quantize_levels": lambda *_: ops.quantize_levels(SUBNORMAL, "optimal", 128),
+    "fake_quantize": lambda *_: ops.fake_quantize(SUBNORMAL, "mean", 128),
+}
+
+
+@pytest.mark.parametrize("name", FLUSHED)
+def test_flush_to_zero_mode_changes_nothing(name, isa):
+    """On any number of threads: PyTorch sets the mode on the calling one alone."""
     packed, scales, biases = make_weights(512, 512)
-    x = 1e-39 * torch.randn(64, 512)
-    before = qmm(x, packed, scales, biases, 128, transpose)
+    levels = (1e-39 * scales, 1e-39 * biases)
+    weights = (packed, *(levels if "levels" in name or name == "dequantize" else (scales, biases)))
+    before, threads = results(FLUSHED[name](*weights)), torch.get_num_threads()
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor has no such mode")
     try:
-        after = qmm(x, packed, scales, biases, 128, transpose)
+        after = results(FLUSHED[name](*weights))
+        torch.set_num_threads(1)
+        alone = results(FLUSHED[name](*weights))
     finally:
         torch.set_flush_denormal(False)
-    assert before.any() and torch.equal(before.view(torch.int32), after.view(torch.int32))
+        torch.set_num_threads(threads)
+    assert any(t.any() for t in before)
+    for a, b, c in zip(before, after, alone, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def results(y: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [t.view(torch.int32) for t in (y if isinstance(y, tuple) else (y,))]
 
 
 def test_qmm_sums_in_float32_whatever_x_is(isa):
