@@ -1,9 +1,12 @@
 // The AVX-512 intrinsics that csrc/cpu/kernels uses, lane by lane, for machines with AVX2 only:
-// included before kernels_avx512.cpp (-include), it lets the tests run that table on any x86.
-// Right, not fast. An intrinsic that is missing here does not compile.
+// included before the files of csrc/cpu/kernels/avx512 (-include), it lets the tests run their
+// tables on any x86. Right, not fast. An intrinsic that is missing here does not compile.
 #pragma once
 
+#include <cpuid.h>
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <cstdint>
@@ -86,6 +89,7 @@ ONEBIT_UNARY(srli_epi32, I, uint32_t, (x >> n))
 ONEBIT_UNARY(slli_epi32, I, uint32_t, (x << n))
 ONEBIT_UNARY(srai_epi32, I, int32_t, (x >> n))
 ONEBIT_UNARY(srli_epi16, I, uint16_t, (x >> n))
+ONEBIT_UNARY(slli_epi16, I, uint16_t, (x << n))
 ONEBIT_EMULATED V abs_ps(const V& a) {
   auto p = Lanes<float>::of(a);
   for (auto& x : p.lane) x = std::fabs(x);
@@ -217,9 +221,18 @@ ONEBIT_EMULATED I madd_epi16(const I& a, const I& b) {
   return out.as<I>();
 }
 // Only 0xea, (a & b) | c, is used.
+// Bit i of the result is that bit of `table` whose number bits i of a, b and c are.
 ONEBIT_EMULATED I ternary(const I& a, const I& b, const I& c, int table) {
-  if (table != 0xea) __builtin_trap();
-  return or_si512(and_si512(a, b), c);
+  const auto x = Lanes<uint64_t>::of(a), y = Lanes<uint64_t>::of(b), z = Lanes<uint64_t>::of(c);
+  Lanes<uint64_t> out{};
+  for (int row = 0; row < 8; ++row) {
+    if (!(table >> row & 1)) continue;
+    const auto same = [](uint64_t v, int bit) { return bit ? v : ~v; };
+    for (int i = 0; i < out.kCount; ++i) {
+      out.lane[i] |= same(x.lane[i], row & 4) & same(y.lane[i], row & 2) & same(z.lane[i], row & 1);
+    }
+  }
+  return out.as<I>();
 }
 
 template <class To, class From, class ToVector, class FromVector>
@@ -261,6 +274,53 @@ setr_epi64(int64_t a, int64_t b, int64_t c, int64_t d, int64_t e, int64_t f, int
   return load<I>(x);
 }
 
+// Tile registers, as Intel's manual has them. Shapes are those of the last configuration.
+struct TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+struct Tile {
+  char row[16][64];
+};
+inline thread_local TileConfig tile_config;
+inline thread_local Tile tiles[8];
+
+ONEBIT_EMULATED void tile_copy(int tile, char* p, int64_t stride, bool load) {
+  if (load) tiles[tile] = {};
+  for (int i = 0; i < tile_config.rows[tile]; ++i, p += stride) {
+    char* row = tiles[tile].row[i];
+    std::memcpy(load ? row : p, load ? p : row, tile_config.row_bytes[tile]);
+  }
+}
+ONEBIT_EMULATED void tile_load(int tile, const void* p, int64_t stride) {
+  tile_copy(tile, static_cast<char*>(const_cast<void*>(p)), stride, true);
+}
+ONEBIT_EMULATED void tile_store(int tile, void* p, int64_t stride) {
+  tile_copy(tile, static_cast<char*>(p), stride, false);
+}
+inline long granted(long, long, long) { return 0; }
+ONEBIT_EMULATED void tile_dpbf16ps(int to, int a, int b) {
+  const auto at = [](int tile, int row, int i) {  // bfloat16 value i of a row
+    uint16_t half;
+    std::memcpy(&half, tiles[tile].row[row] + 2 * i, 2);
+    const uint32_t bits = uint32_t(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return std::fpclassify(value) == FP_SUBNORMAL ? 0.0f : value;
+  };
+  for (int m = 0; m < tile_config.rows[to]; ++m) {
+    for (int k = 0; k < tile_config.row_bytes[a] / 4; ++k) {
+      for (int n = 0; n < tile_config.row_bytes[to] / 4; ++n) {
+        float sum;
+        std::memcpy(&sum, tiles[to].row[m] + 4 * n, 4);
+        for (int i = 0; i < 2; ++i) sum = std::fma(at(a, m, 2 * k + i), at(b, k, 2 * n + i), sum);
+        std::memcpy(tiles[to].row[m] + 4 * n, &sum, 4);
+      }
+    }
+  }
+}
+
 }  // namespace emulated
 
 #pragma GCC pop_options
@@ -271,6 +331,7 @@ setr_epi64(int64_t a, int64_t b, int64_t c, int64_t d, int64_t e, int64_t f, int
 #undef _mm512_extracti64x4_epi64
 #undef _mm512_inserti32x4
 #undef _mm512_setr_epi64
+#undef _mm512_slli_epi16
 #undef _mm512_slli_epi32
 #undef _mm512_srai_epi32
 #undef _mm512_srli_epi16
@@ -323,6 +384,7 @@ setr_epi64(int64_t a, int64_t b, int64_t c, int64_t d, int64_t e, int64_t f, int
 #define _mm512_srli_epi32 emulated::srli_epi32
 #define _mm512_slli_epi32 emulated::slli_epi32
 #define _mm512_srli_epi16 emulated::srli_epi16
+#define _mm512_slli_epi16 emulated::slli_epi16
 #define _mm512_madd_epi16 emulated::madd_epi16
 #define _mm512_ternarylogic_epi32 emulated::ternary
 #define _mm512_unpacklo_epi16(a, b) emulated::unpack<int16_t>(a, b, false)
@@ -356,7 +418,22 @@ setr_epi64(int64_t a, int64_t b, int64_t c, int64_t d, int64_t e, int64_t f, int
 #define _mm512_reduce_add_epi32 emulated::reduce_add_ints
 #define _mm512_cvtepi32_ps emulated::convert<float, int32_t, __m512>
 #define _mm512_cvtps_epi32 emulated::cvtps_epi32
+#define _mm512_cvtepi16_epi32 emulated::convert<int32_t, int16_t, __m512i>
 #define _mm512_cvtepu16_epi32 emulated::convert<uint32_t, uint16_t, __m512i>
 #define _mm512_cvtepi32_epi16 emulated::convert<int16_t, int32_t, __m256i>
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #define _mm512_cvtps_ph(v, how) emulated::cvtps_ph(v)
+// The tile registers, and the questions whether this machine has them.
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_zero
+#undef _tile_dpbf16ps
+#undef __get_cpuid_count
+#define _tile_loadconfig(p) std::memcpy(&emulated::tile_config, p, 64)
+#define _tile_release() void(emulated::tile_config = {})
+#define _tile_loadd emulated::tile_load
+#define _tile_stored emulated::tile_store
+#define _tile_zero(tile) void(emulated::tiles[tile] = {})
+#define _tile_dpbf16ps emulated::tile_dpbf16ps
+#define __get_cpuid_count(leaf, part, a, b, c, d) (*(a) = *(b) = *(c) = 0, *(d) = ~0u, 1)
+#define syscall emulated::granted

@@ -40,6 +40,8 @@ const Case kCases[] = {
     {6, 160, 640, 128, kB, kH, false, "int16 tables in groups of 128, two rows left over"},
     {4, 130, 416, 32, kH, kB, true, "float16 by int16 tables, words not a multiple of 4"},
     {1, 131, 384, 128, kB, kF, false, "one row by int16 tables in groups of 128"},
+    {37, 200, 1184, 32, kB, kH, false, "bfloat16 by tiles of 16, 4 and 1 rows, groups left over"},
+    {145, 2112, 64, 64, kB, kF, true, "two blocks of rows and two panels by tiles"},
     {3, 70, 160, 32, kD, kD, false, "double sums"},
     {5, 33, 256, 64, kD, kB, true, "double x, 16-bit levels"},
 };

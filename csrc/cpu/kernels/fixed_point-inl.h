@@ -144,6 +144,24 @@ ONEBIT_INLINE void to_planes(const float* x, DType dtype, Planes<Integer, kCount
   }
 }
 
+// Sums of integers, as `tile` emits them: some instruction sets have them as floats, exact as well.
+template <class L>
+ONEBIT_INLINE typename L::Vec floats_of(typename L::Ints sums) {
+  return L::to_floats(sums);
+}
+template <class L>
+ONEBIT_INLINE typename L::Vec floats_of(typename L::Vec sums) {
+  return sums;
+}
+template <class L>
+ONEBIT_INLINE typename L::Ints ints_of(typename L::Ints sums) {
+  return sums;
+}
+template <class L>
+ONEBIT_INLINE typename L::Ints ints_of(typename L::Vec sums) {
+  return L::round(sums);
+}
+
 // With the two levels of a weight low = bias and high = scale + bias, and the sums of a group over
 // clear and set bits, a product is low * clear + high * set. If either is large and meets a level
 // near zero, or both are and their products cancel, it must not be computed from a sum and a
@@ -177,9 +195,9 @@ class Levels {
   // to + the product of one group of usual levels. `sums` is what L::tile emits: set - clear if
   // wide, set if not; `unit` what they count, half a step or a step; `all` the sum of the group in
   // units.
-  ONEBIT_INLINE Vec add_usual(Vec to, Ints sums, float unit, float all) const {
+  ONEBIT_INLINE Vec add_usual(Vec to, Vec sums, float unit, float all) const {
     const Vec second = kWide ? L::fma(L::set(0.5f), scale_, bias_) : bias_;
-    const Vec product = L::fma(second, L::set(all), L::mul(scale_, L::to_floats(sums)));
+    const Vec product = L::fma(second, L::set(all), L::mul(scale_, sums));
     return L::fma(L::set(unit), product, to);
   }
 

@@ -258,7 +258,7 @@ __attribute__((noinline)) void add_any_tile(const Group<kM>& group,
                                             const Sums& y) {
   L::template tile<kM, kWords, Panel::kSpareStored>(
       w.index(t), table, group.sum[plane],
-      [&](int r, const typename L::Ints(&sums)[kM]) __attribute__((always_inline)) {
+      [&](int r, const auto& sums) __attribute__((always_inline)) {
         const Levels<L> levels(w.scale(t, r), w.bias(t, r));
         const bool usual = levels.are_usual();
         for (int i = 0; i < kM; ++i) {
@@ -266,12 +266,13 @@ __attribute__((noinline)) void add_any_tile(const Group<kM>& group,
           const int64_t at = i * y.ld + r * L::kLanes;
           if (group.in_double >> i & 1u) {
             DoubleLevels<L>(w.scale(t, r), w.bias(t, r))
-                .add(y.doubles + at, sums[i], unit, group.sum[plane][i]);
+                .add(y.doubles + at, ints_of<L>(sums[i]), unit, group.sum[plane][i]);
             continue;
           }
           const auto to = L::load(y.floats + at);
-          L::store(y.floats + at, usual ? levels.add_usual(to, sums[i], unit, group.all[plane][i])
-                                        : levels.add_any(to, sums[i], unit, group.sum[plane][i]));
+          L::store(y.floats + at,
+                   usual ? levels.add_usual(to, floats_of<L>(sums[i]), unit, group.all[plane][i])
+                         : levels.add_any(to, ints_of<L>(sums[i]), unit, group.sum[plane][i]));
         }
       });
 }
@@ -286,12 +287,12 @@ __attribute__((noinline)) void add_double_tile(const Group<kM>& group,
                                                const Sums& y) {
   L::template tile<kM, kWords, Panel::kSpareStored>(
       w.index(t), table, group.sum[plane],
-      [&](int r, const typename L::Ints(&sums)[kM]) __attribute__((always_inline)) {
+      [&](int r, const auto& sums) __attribute__((always_inline)) {
         const DoubleLevels<L> levels(w.scale(t, r), w.bias(t, r));
         double* out = y.doubles + r * L::kLanes;
         ONEBIT_UNROLL
         for (int i = 0; i < kM; ++i, out += y.ld) {
-          levels.add(out, sums[i], group.unit[plane][i], group.sum[plane][i]);
+          levels.add(out, ints_of<L>(sums[i]), group.unit[plane][i], group.sum[plane][i]);
         }
       });
 }
@@ -318,14 +319,14 @@ ONEBIT_INLINE bool add_usual_tile(const Group<kM>& group,
   }
   L::template tile<kM, kWords, Panel::kSpareStored>(
       w.index(t), table, group.sum[plane],
-      [&](int r, const typename L::Ints(&sums)[kM]) __attribute__((always_inline)) {
+      [&](int r, const auto& sums) __attribute__((always_inline)) {
         const Levels<L> levels(w.scale(t, r), w.bias(t, r));
         if (kOnce) usual = levels.keep_usual(usual);
         float* out = y + r * L::kLanes;
         ONEBIT_UNROLL
         for (int i = 0; i < kM; ++i, out += ld) {
-          result[r] =
-              levels.add_usual(L::load(out), sums[i], group.unit[plane][i], group.all[plane][i]);
+          result[r] = levels.add_usual(L::load(out), floats_of<L>(sums[i]), group.unit[plane][i],
+                                       group.all[plane][i]);
           if (!kOnce) L::store(out, result[r]);
         }
       });

@@ -10,6 +10,7 @@
 
 namespace onebit::cpu {
 
+extern const Kernels kAmxKernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kNeonKernels;
@@ -18,6 +19,9 @@ namespace {
 
 // Best first.
 const Kernels* const kCompiled[] = {
+#if defined(__x86_64__) && defined(__linux__)
+    &kAmxKernels,
+#endif
 #if defined(__x86_64__)
     &kAvx512Kernels,
     &kAvx2Kernels,

@@ -17,14 +17,16 @@ struct Int {
   static constexpr int value = kValue;
 };
 
-// f(Int<rows>, first row) over tiles of L::kMaxM rows and the smaller one that is left.
+template <int kM, class F>
+ONEBIT_INLINE void for_rows_by(int64_t m, int64_t count, const F& f) {
+  for (; m + kM <= count; m += kM) f(Int<kM>{}, m);
+  if constexpr (kM > 1) for_rows_by<(kM > 4 ? kM / 2 : kM - 1)>(m, count, f);
+}
+
+// f(Int<rows>, first row) over tiles of L::kMaxM rows and the smaller ones that are left.
 template <class L, class F>
 ONEBIT_INLINE void for_row_tiles(int64_t count, const F& f) {
-  int64_t m = 0;
-  for (; m + L::kMaxM <= count; m += L::kMaxM) f(Int<L::kMaxM>{}, m);
-  if (count - m == 3) f(Int<3>{}, m);
-  if (count - m == 2) f(Int<2>{}, m);
-  if (count - m == 1) f(Int<1>{}, m);
+  for_rows_by<L::kMaxM>(0, count, f);
 }
 
 // Consecutive 64-byte aligned arrays in one buffer.
