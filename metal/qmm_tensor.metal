@@ -1,35 +1,9 @@
 // y[m, n] = x[m, :] . dequantize(w)[n, :] for many rows of 16-bit x, by the tensor operations of
 // Metal 4, which newer GPUs have units for. w stays packed in device memory and is decoded tile by
 // tile in threadgroup memory (10 KB), with levels rounded to the dtype of x as in tile.h; x is read
-// where it is. Threadgroup: 4 simdgroups, which multiply one tile of M x kTensorN outputs together;
-// its sums are a cooperative tensor of float, whose layout is the system's affair.
+// where it is. Threadgroup: 4 simdgroups, which multiply one tile of M x kTensorN outputs together.
 // Grid: x over n, y over m, z over batches times splits of k. A split writes float partial sums.
-#include <MetalPerformancePrimitives/MetalPerformancePrimitives.h>
-#include <metal_tensor>
-
-#include "tile_levels.h"
-
-using namespace mpp::tensor_ops;
-
-// Operands may not be const. A step of k is a word: less than 32 fails on macOS 26.1.
-template <typename T>
-using XTile = tensor<device T, dextents<int, 2>, tensor_inline>;
-template <typename T>
-using WTile = tensor<threadgroup T, dextents<int, 2>, tensor_inline>;
-
-// 16 weights of a word, two threads to a row, such that the threads of a simdgroup meet every bank
-// equally often.
-template <typename T>
-inline void load_half_word(threadgroup T* row, uint bits, TileLevels<T> levels, uint part) {
-  ONEBIT_UNROLL
-  for (uint i = 0; i < 4; i++) {
-    const uint column = part * 4 + i * 8;
-    vec<T, 4> four;
-    ONEBIT_UNROLL
-    for (uint j = 0; j < 4; j++) four[j] = bit_of(bits, column + j) ? levels.one : levels.zero;
-    *(threadgroup vec<T, 4>*)(row + column) = four;
-  }
-}
+#include "tensor_tile.h"
 
 template <typename T, typename O, uint M>
 [[kernel]] void qmm_tensor(const device T* x [[buffer(0)]],          // [x_matrices, m, k]
@@ -62,10 +36,7 @@ template <typename T, typename O, uint M>
                                              matmul2d_descriptor::mode::multiply_accumulate);
   matmul2d<shape, execution_simdgroups<kTensorSimdgroups>> product;
   auto sum = product.template get_destination_cooperative_tensor<XTile<T>, WTile<T>, float>();
-  ONEBIT_UNROLL
-  for (ushort i = 0; i < sum.get_capacity(); i++) {
-    if (sum.is_valid_element(i)) sum[i] = 0.0f;
-  }
+  clear_sums(sum);
   TileLevels<T> levels = {T(0.0f), T(0.0f)};
   uint held = 0;
   for (uint word = begin; word < end; word++) {
@@ -86,22 +57,9 @@ template <typename T, typename O, uint M>
                     array<int, 2>({1, int(stride)}));
     product.run(x_tile, w_tile, sum);
   }
-  ONEBIT_UNROLL
-  for (ushort i = 0; i < sum.get_capacity(); i++) {
-    if (!sum.is_valid_element(i)) continue;
-    const auto at = sum.get_multidimensional_index(i);  // column, row
-    const uint r = uint(at[1]), column = n0 + uint(at[0]);
-    if (r >= count || column >= p.n) continue;
-    y[(group.z * p.m + m0 + r) * p.n + column] = matrices.valid ? O(sum[i]) : O(NAN);
-  }
+  const Block block = {n0, 0, count, matrices.valid};
+  store_sums(sum, y + (group.z * p.m + m0) * p.n, p.n, block);
 }
 
-#define ONEBIT_INSTANTIATE_ROWS(type, rows)                                       \
-  ONEBIT_INSTANTIATE("qmm_tensor_" #type "_" #rows, qmm_tensor<type, type, rows>) \
-  ONEBIT_INSTANTIATE("qmm_tensor_" #type "_" #rows "_partial", qmm_tensor<type, float, rows>)
-#define ONEBIT_INSTANTIATE_TENSOR(type) \
-  ONEBIT_INSTANTIATE_ROWS(type, 32)     \
-  ONEBIT_INSTANTIATE_ROWS(type, 64)     \
-  ONEBIT_INSTANTIATE_ROWS(type, 128)
-ONEBIT_INSTANTIATE_TENSOR(half)
-ONEBIT_INSTANTIATE_TENSOR(bfloat)
+ONEBIT_INSTANTIATE_TENSOR(qmm_tensor, half)
+ONEBIT_INSTANTIATE_TENSOR(qmm_tensor, bfloat)

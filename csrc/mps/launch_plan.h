@@ -18,8 +18,10 @@ enum class Kernel : uint8_t {
   kQmvWide,
   kQmm,
   kQmmSorted,
-  kQmmTensor,
   kQmmN,
+  kQmmTensor,
+  kQmmSortedTensor,
+  kQmmNTensor,
   kQvm,
   kSumPartials,
   kAffineGrad,
@@ -38,8 +40,10 @@ constexpr const char* kernel_name(Kernel kernel) {
                                    "qmv_wide",
                                    "qmm",
                                    "qmm_sorted",
-                                   "qmm_tensor",
                                    "qmm_n",
+                                   "qmm_tensor",
+                                   "qmm_sorted_tensor",
+                                   "qmm_n_tensor",
                                    "qvm",
                                    "sum_partials",
                                    "affine_grad",
@@ -53,7 +57,10 @@ constexpr const char* kernel_name(Kernel kernel) {
 }
 
 // Metal 4, whose language the others must not ask for: older systems do not know it.
-constexpr bool needs_metal4(Kernel kernel) { return kernel == Kernel::kQmmTensor; }
+constexpr bool needs_metal4(Kernel kernel) {
+  return kernel == Kernel::kQmmTensor || kernel == Kernel::kQmmSortedTensor ||
+         kernel == Kernel::kQmmNTensor;
+}
 
 // The metal/<name>.metal that has it: a library of its own, compiled at the first use of one of its
 // kernels.
@@ -176,6 +183,7 @@ constexpr ProductRule kProductRules[] = {
     {true, kFirstTensorFamily, kAnyM, Kernel::kQmmTensor},
     {true, kFirstFamily, kAnyM, Kernel::kQmm},
     {false, kFirstFamily, 1, Kernel::kQvm},
+    {false, kFirstTensorFamily, kAnyM, Kernel::kQmmNTensor},
     // 2 to 8 rows of x against w [k, n] come from training steps on tiny batches only: no kernel of
     // their own. w is read once all the same.
     {false, kFirstFamily, kAnyM, Kernel::kQmmN},
@@ -183,26 +191,38 @@ constexpr ProductRule kProductRules[] = {
 
 // Can a kernel compute this product at all? Fast or not: the rules decide among those that can.
 constexpr bool fits(Kernel kernel, const Product& p, const Gpu& gpu) {
+  // The units round float32 to fewer bits.
+  if (needs_metal4(kernel) && (!gpu.tensor_ops || p.type == DType::kFloat)) return false;
   switch (kernel) {
     case Kernel::kQmv:
       return p.transpose && p.m == 1;
     case Kernel::kQmvWide:
       return p.transpose && p.m <= kWideMaxM;
     case Kernel::kQmm:
-      return p.transpose;
     case Kernel::kQmmTensor:
-      // The units round float32 to fewer bits.
-      return p.transpose && gpu.tensor_ops && p.type != DType::kFloat;
+      return p.transpose;
+    case Kernel::kQmmSorted:
+    case Kernel::kQmmSortedTensor:
+      return p.transpose && p.m == 1 && p.indexed && p.sorted;
     case Kernel::kQvm:
       return !p.transpose && p.m == 1;
     case Kernel::kQmmN:
+    case Kernel::kQmmNTensor:
       return !p.transpose;
     default:
       return false;
   }
 }
 
+// Rows that one matrix of w must get on average for qmm_sorted to beat a qmv for each row: a tile
+// of 32 rows multiplies all of them whatever it is given *.
+constexpr uint32_t kSortedRowsPerMatrix = 8;
+constexpr Kernel kSortedKernels[] = {Kernel::kQmmSortedTensor, Kernel::kQmmSorted};
+
 constexpr Kernel product_kernel(const Product& p, const Gpu& gpu) {
+  for (const Kernel kernel : kSortedKernels) {
+    if (fits(kernel, p, gpu) && p.batches / p.w_matrices >= kSortedRowsPerMatrix) return kernel;
+  }
   for (const ProductRule& rule : kProductRules) {
     if (rule.transpose == p.transpose && gpu.family >= rule.min_family && p.m <= rule.max_m &&
         fits(rule.kernel, p, gpu)) {
@@ -269,10 +289,6 @@ struct ProductPlan {
   SumParams sum_params;
 };
 
-// Rows that one matrix of w must get on average for qmm_sorted to beat a qmv for each row: a tile
-// of 32 rows multiplies all of them whatever it is given *.
-constexpr uint32_t kSortedRowsPerMatrix = 8;
-
 // Instances of qmv_wide.
 constexpr uint8_t kWideInstances[] = {2, 3, 4, 6, 8};
 
@@ -309,7 +325,13 @@ constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu, Kernel kern
       launch.groups = {ceil_div(p.n, kTileN), ceil_div(p.batches, kTileM), 1};
       launch.threads = kTileThreads;
       break;
-    case Kernel::kQmmTensor: {
+    case Kernel::kQmmSortedTensor:
+      launch.pipeline.rows = kTileM;
+      launch.groups = {ceil_div(p.n, kTensorN), ceil_div(p.batches, kTileM), 1};
+      launch.threads = kTensorSimdgroups * kLanes;
+      break;
+    case Kernel::kQmmTensor:
+    case Kernel::kQmmNTensor: {
       const uint8_t rows = tensor_rows(p.m);
       launch.pipeline.rows = rows;
       launch.groups = {ceil_div(p.n, kTensorN), ceil_div(p.m, rows), p.batches};
@@ -352,9 +374,7 @@ constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu, Kernel kern
 }
 
 constexpr ProductPlan plan_product(const Product& p, const Gpu& gpu) {
-  const bool rows_by_matrix = p.transpose && p.m == 1 && p.indexed && p.sorted &&
-                              p.batches / p.w_matrices >= kSortedRowsPerMatrix;
-  return plan_product(p, gpu, rows_by_matrix ? Kernel::kQmmSorted : product_kernel(p, gpu));
+  return plan_product(p, gpu, product_kernel(p, gpu));
 }
 
 // quantize, fake_quantize and flip_bits_; dequantize, embedding, affine_grad
@@ -411,7 +431,9 @@ static_assert(kTileM * 4 == kTileThreads && kTileK * 8 == kTileWideThreads && kT
 static_assert(kQvmSimdgroups == 8, "qvm reduces 8 of a lane's sums at a time");
 static_assert(static_cast<int>(Kernel::kFlipBits) < 32, "5 bits of a key");
 static_assert(4 * kTileM < 256, "8 bits of a key");
-static_assert(kTensorSimdgroups * kLanes == 2 * kTensorN, "threads to a row");
+static_assert(kTensorSimdgroups * kLanes == 2 * kTensorN && kTensorN == 2 * kWordBits &&
+                  kTensorSimdgroups * kLanes == kTileThreads,
+              "threads to a row");
 static_assert(sizeof(QmmParams) == 40 && sizeof(AffineGradParams) == 40, "no padding");
 
 }  // namespace onebit::mps

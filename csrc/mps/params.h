@@ -80,7 +80,8 @@ ONEBIT_CONSTANT uint32_t kTileK = 32;
 ONEBIT_CONSTANT uint32_t kTileThreads = 128;
 ONEBIT_CONSTANT uint32_t kTileWideThreads = 256;
 
-// qmm_tensor: tiles of y [32, 64 or 128, kTensorN]; k in steps of one word.
+// qmm_tensor, qmm_n_tensor: tiles of y [32, 64 or 128, kTensorN]; k in steps of kTileK.
+// qmm_sorted_tensor: tiles of [kTileM, kTensorN].
 ONEBIT_CONSTANT uint32_t kTensorN = 64;
 ONEBIT_CONSTANT uint32_t kTensorSimdgroups = 4;
 

@@ -44,7 +44,7 @@ ProductPlan plan(const Product& p) {
   if (forced >= 0 && fits(kernel, p, gpu)) return plan_product(p, gpu, kernel);
   const ProductPlan plan = plan_product(p, gpu);
   const Pipeline& pipeline = plan.product.pipeline;
-  if (pipeline.kernel != Kernel::kQmmTensor || tensor_tiles_agree(pipeline, gpu)) return plan;
+  if (!needs_metal4(pipeline.kernel) || tensor_tiles_agree(pipeline, gpu)) return plan;
   return plan_product(p, Gpu{gpu.family, gpu.cores});
 }
 

@@ -9,6 +9,7 @@
 #include <mutex>
 #include <string>
 #include <unordered_set>
+#include <vector>
 
 #include "../ops/rules.h"
 #include "product.h"
@@ -52,17 +53,30 @@ class Integers {
   uint32_t state_ = 1;
 };
 
+// The kernel of simdgroup matrices that computes the same.
+Kernel older(Kernel kernel) {
+  if (kernel == Kernel::kQmmSortedTensor) return Kernel::kQmmSorted;
+  return kernel == Kernel::kQmmNTensor ? Kernel::kQmmN : Kernel::kQmm;
+}
+
 // A product with edges that the rules compute by this pipeline on the GPU that comes with it.
 std::pair<Product, Gpu> example(const Pipeline& pipeline, const Gpu& gpu) {
   const uint32_t rows = pipeline.rows;
+  const bool sorted = pipeline.kernel == Kernel::kQmmSortedTensor;
   Product p = {};
-  p.m = rows == tensor_rows(rows + 5) ? rows + 5 : rows - 5;
+  p.transpose = pipeline.kernel != Kernel::kQmmNTensor;
+  p.m = sorted ? 1 : rows == tensor_rows(rows + 5) ? rows + 5 : rows - 5;
   p.n = kTensorN + 9;
   p.k = pipeline.partial ? 2 * kMinSplitK : 256;
   p.group_size = 64;
-  p.transpose = true;
+  if (!p.transpose) {  // groups run along n, and k ends where it likes
+    p.n = kTensorN + 32;
+    p.k += 5;
+    p.group_size = 32;
+  }
   p.indexed = pipeline.indexed;
-  p.batches = p.indexed ? 3 : 1;
+  p.sorted = sorted;
+  p.batches = sorted ? kTileM + 9 : p.indexed ? 3 : 1;
   p.x_matrices = p.w_matrices = p.indexed ? 2 : 1;
   p.type = pipeline.type;
   p.levels = pipeline.levels;
@@ -80,21 +94,27 @@ Tensor compute(const ProductPlan& plan, const ProductTensors& tensors, const Pro
 // "" when the pipeline agrees, else why it does not.
 std::string disagreement(const Pipeline& pipeline, const Gpu& real) {
   const auto [p, gpu] = example(pipeline, real);
-  const ProductPlan plan = plan_product(p, gpu, Kernel::kQmmTensor);
+  const ProductPlan plan = plan_product(p, gpu, pipeline.kernel);
   TORCH_INTERNAL_ASSERT(plan.product.pipeline.key() == pipeline.key(), "another pipeline is tried");
   Integers integers;
-  const int64_t words = p.k / kWordBits, groups = p.k / p.group_size;
+  const int64_t rows = p.transpose ? p.n : p.k, columns = p.transpose ? p.k : p.n;
+  const int64_t words = columns / kWordBits, groups = columns / p.group_size;
   ProductTensors t = {integers.floats({p.x_matrices, p.m, p.k}, 0, 31, p.type),
-                      integers.words({p.w_matrices, p.n, words}),
-                      integers.floats({p.w_matrices, p.n, groups}, 1, 3, p.levels)};
+                      integers.words({p.w_matrices, rows, words}),
+                      integers.floats({p.w_matrices, rows, groups}, 1, 3, p.levels)};
   // Without biases they are minus half of the scales: integers of those too.
   if (!p.has_biases) t.scales.mul_(2);
-  if (p.has_biases) t.biases = integers.floats({p.w_matrices, p.n, groups}, -4, 1, p.levels);
+  if (p.has_biases) t.biases = integers.floats({p.w_matrices, rows, groups}, -4, 1, p.levels);
   if (p.indexed) {
-    t.x_index = at::tensor({0, 1, 1}, at::kLong).to(at::kMPS);
-    t.w_index = at::tensor({1, 0, 1}, at::kLong).to(at::kMPS);
+    std::vector<int64_t> of_x(p.batches), of_w(p.batches);
+    for (uint32_t b = 0; b < p.batches; b++) {
+      of_x[b] = b % 3 ? 1 : 0;
+      of_w[b] = p.sorted ? b >= kTileM / 2 : b != 1;
+    }
+    t.x_index = at::tensor(of_x, at::kLong).to(at::kMPS);
+    t.w_index = at::tensor(of_w, at::kLong).to(at::kMPS);
   }
-  const Tensor expected = compute(plan_product(p, gpu, Kernel::kQmm), t, p);
+  const Tensor expected = compute(plan_product(p, gpu, older(pipeline.kernel)), t, p);
   try {
     return at::equal(compute(plan, t, p), expected) ? ""
                                                     : "they compute other products than simdgroup "

@@ -16,6 +16,9 @@ import embed
 HOST = toolchain.HERE / "host"
 HEADERS = toolchain.HERE / "headers"
 TORCH = Path(torch.__file__).parent
+# Family and cores of GPUs that the fake Metal plays, as ONEBIT_FAKE_GPU names them.
+M1, M1_MAX, M3_MAX, M5 = "7:7", "7:32", "9:24", "10:10"
+GPUS = (M1, M3_MAX, M5)  # every kernel is chosen on one of them
 
 
 def compiler(language: str) -> list[str]:

@@ -20,8 +20,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import fuzz_accuracy
 from structured import errors
 
-GPUS = ("7:7", "9:24", "10:10")
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -36,7 +34,7 @@ def main() -> int:
         case = replace(case, m=min(case.m, 70), n=max(case.n, case.group))
         if args.dtype and str(case.dtype) != f"torch.{args.dtype}":
             continue
-        os.environ["ONEBIT_FAKE_GPU"] = GPUS[seed % len(GPUS)]
+        os.environ["ONEBIT_FAKE_GPU"] = host_build.GPUS[seed % len(host_build.GPUS)]
         torch.manual_seed(seed)
         torch.ops.onebit_fake.take_log()
         error, plain, allowed = errors(case, device="mps")

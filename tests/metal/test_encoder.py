@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import host_build
 import pytest
 import toolchain
 
@@ -36,7 +37,7 @@ def run(code=PRODUCTS, encoder=None, **environment):
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={**os.environ, "ONEBIT_FAKE_GPU": "9:24", **environment},
+        env={**os.environ, "ONEBIT_FAKE_GPU": host_build.M3_MAX, **environment},
     )
 
 

@@ -83,7 +83,11 @@ TABLE = [
     (512, 4096, 4096, True, M5, ("qmm_tensor", 128), (64, 4, 1), 1, "prefill"),
     (16, 256, 8192, True, M5, ("qmm_tensor", 32), (4, 1, 16), 16, "few tiles, long k"),
     (512, 4096, 4096, True, M5_OLD_SYSTEM, ("qmm", 64), (128, 8, 1), 1, "before macOS 26.2"),
-    (64, 160, 128, False, M5, ("qmm_n", 0), (2, 2, 1), 1, "no tensor tiles for the backward"),
+    (64, 160, 128, False, M5, ("qmm_n_tensor", 64), (3, 1, 1), 1, "backward"),
+    (2, 4096, 4096, False, M5, ("qmm_n_tensor", 32), (64, 1, 1), 1, "backward of two rows"),
+    (70, 256, 8191, False, M5, ("qmm_n_tensor", 128), (4, 1, 13), 13, "few tiles, long and odd k"),
+    (1, 1024, 300, False, M5, ("qvm", 0), (1, 1, 1), 1, "backward of one row"),
+    (64, 160, 128, False, M5_OLD_SYSTEM, ("qmm_n", 0), (2, 2, 1), 1, "before macOS 26.2"),
     (1, 4096, 4096, False, M1, ("qvm", 0), (4, 1, 7), 7, "backward of one row"),
     (1, 1024, 300, False, M1, ("qvm", 0), (1, 1, 1), 1, "backward, short k"),
     (2, 4096, 4096, False, M1, ("qmm_n", 0), (32, 1, 1), 1, "backward of two rows"),
@@ -145,18 +149,25 @@ def test_batches_are_a_dimension_of_the_grid(probe):
 
 
 @pytest.mark.parametrize(
-    "batches, matrices, is_sorted, kernel, why",
+    "batches, matrices, is_sorted, gpu, dtype, kernel, groups, why",
     [
-        (64, 8, True, "qmm_sorted", "8 rows for each matrix"),
-        (63, 8, True, "qmv", "fewer than 8 rows a matrix"),
-        (64, 8, False, "qmv", "nobody says they are sorted"),
+        (64, 8, True, M1, HALF, "qmm_sorted", (3, 2, 1), "8 rows for each matrix"),
+        (63, 8, True, M1, HALF, "qmv", (5, 1, 63), "fewer than 8 rows a matrix"),
+        (64, 8, False, M1, HALF, "qmv", (5, 1, 64), "nobody says they are sorted"),
+        (64, 8, True, M5, BFLOAT, "qmm_sorted_tensor", (2, 2, 1), "tensor operations"),
+        (64, 8, True, M5, FLOAT, "qmm_sorted", (3, 2, 1), "not of float32"),
+        (64, 8, True, M5_OLD_SYSTEM, HALF, "qmm_sorted", (3, 2, 1), "before macOS 26.2"),
+        (64, 8, False, M5, HALF, "qmv", (5, 1, 64), "not sorted"),
     ],
 )
-def test_sorted_rows_share_a_pass(probe, batches, matrices, is_sorted, kernel, why):
+def test_sorted_rows_share_a_pass(
+    probe, batches, matrices, is_sorted, gpu, dtype, kernel, groups, why
+):
     p = plan(
-        probe, 1, 64, 128, batches=batches, w_matrices=matrices, indexed=True, is_sorted=is_sorted
-    )
-    assert p.kernel == kernel
+        probe, 1, 72, 128, batches=batches, w_matrices=matrices, indexed=True, is_sorted=is_sorted,
+        gpu=gpu, dtype=dtype,
+    )  # fmt: skip
+    assert (p.kernel, p.groups) == (kernel, groups)
 
 
 def group_plan(probe, *values):

@@ -14,6 +14,7 @@ from helpers import (
     to_numpy,
     torch_qmm,
 )
+from host_build import M1, M1_MAX, M3_MAX, M5
 from structured import Case, errors
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,9 +41,6 @@ def weights(*shape, **options):
     return make_weights(*shape, device="mps", **options)
 
 
-# family and cores of a GPU, as the fake Metal takes them
-M1, M1_MAX, M3_MAX, M5 = "7:7", "7:32", "9:24", "10:10"
-
 # m, rows of w, columns of w, transpose, GPU, the kernels that must have run: one row per kernel
 PRODUCTS = [
     (1, 70, 320, True, M1, ["qmv_{}"]),
@@ -67,24 +65,37 @@ PRODUCTS = [
 
 # The same of tensor operations, which x of 16 bits takes on newer GPUs; a group size each.
 TENSOR_PRODUCTS = [
-    (9, 70, 320, 32, ["qmm_tensor_{}_32"]),
-    (32, 21, 320, 64, ["qmm_tensor_{}_32"]),
-    (37, 129, 128, 128, ["qmm_tensor_{}_64"]),
-    (130, 70, 192, 64, ["qmm_tensor_{}_128"]),
-    (13, 70, 1088, 64, ["qmm_tensor_{}_32_partial", "sum_partials_{}"]),
-    (37, 70, 1088, 32, ["qmm_tensor_{}_64_partial", "sum_partials_{}"]),
-    (70, 70, 1152, 128, ["qmm_tensor_{}_128_partial", "sum_partials_{}"]),
+    (9, 70, 320, True, 32, ["qmm_tensor_{}_32"]),
+    (32, 21, 320, True, 64, ["qmm_tensor_{}_32"]),
+    (37, 129, 128, True, 128, ["qmm_tensor_{}_64"]),
+    (130, 70, 192, True, 64, ["qmm_tensor_{}_128"]),
+    (13, 70, 1088, True, 64, ["qmm_tensor_{}_32_partial", "sum_partials_{}"]),
+    (37, 70, 1088, True, 32, ["qmm_tensor_{}_64_partial", "sum_partials_{}"]),
+    (70, 70, 1152, True, 128, ["qmm_tensor_{}_128_partial", "sum_partials_{}"]),
+    (2, 70, 96, False, 32, ["qmm_n_tensor_{}_32"]),
+    (32, 21, 320, False, 64, ["qmm_n_tensor_{}_32"]),
+    (37, 129, 128, False, 128, ["qmm_n_tensor_{}_64"]),
+    (130, 75, 192, False, 64, ["qmm_n_tensor_{}_128"]),
+    (13, 1100, 64, False, 64, ["qmm_n_tensor_{}_32_partial", "sum_partials_{}"]),
+    (37, 1100, 96, False, 32, ["qmm_n_tensor_{}_64_partial", "sum_partials_{}"]),
+    (70, 1153, 128, False, 128, ["qmm_n_tensor_{}_128_partial", "sum_partials_{}"]),
 ]
 TENSOR_DTYPES = (torch.float16, torch.bfloat16)
 
-SORTED = ["qmm_sorted_{}{of_32}"]
+SORTED = {
+    M1: ["qmm_sorted_{}{of_32}"],
+    M3_MAX: ["qmm_sorted_{}{of_32}"],
+    M5: ["qmm_sorted_tensor_{}{of_32}"],
+}
 
 
 def names(kernels, dtype, gpu):
     """The instances; tiles of 16 bits have their rows in their name, partial sums of float none."""
-    small = dtype == torch.float16 or (dtype == torch.bfloat16 and gpu == M3_MAX)
+    small = dtype == torch.float16 or (dtype == torch.bfloat16 and gpu in (M3_MAX, M5))
     tiles = {f"of_{rows}": f"_{rows}" if small else "" for rows in (32, 64)}
     found = [k.format(FLOATS[dtype], **tiles) for k in kernels]
+    if dtype == torch.float32:  # has no tensor operations
+        found = [k.replace("_tensor", "") for k in found]
     return [k.removesuffix("_partial") if dtype == torch.float32 else k for k in found]
 
 
@@ -106,17 +117,17 @@ def test_every_product_kernel_is_accurate_under_every_schedule(
 
 @pytest.mark.parametrize("schedule", [emulator.FORWARD, emulator.REVERSE, emulator.RANDOM])
 @pytest.mark.parametrize("dtype", TENSOR_DTYPES)
-@pytest.mark.parametrize("m, rows, columns, group_size, kernels", TENSOR_PRODUCTS)
+@pytest.mark.parametrize("m, rows, columns, transpose, group_size, kernels", TENSOR_PRODUCTS)
 def test_tensor_operations_are_accurate_under_every_schedule(
-    m, rows, columns, group_size, kernels, dtype, schedule, monkeypatch
+    m, rows, columns, transpose, group_size, kernels, dtype, schedule, monkeypatch
 ):
     monkeypatch.setenv("ONEBIT_FAKE_GPU", M5)
     monkeypatch.setenv("ONEBIT_FAKE_SCHEDULE", str(schedule))
     packed, scales, biases = weights(rows, columns, group_size=group_size, dtype=dtype)
     biases = None if m == 32 else biases
-    x = torch.randn(m, columns).to("mps", dtype)
+    x = torch.randn(m, columns if transpose else rows).to("mps", dtype)
     log()
-    assert_qmm(x, packed, scales, biases, group_size, True)
+    assert_qmm(x, packed, scales, biases, group_size, transpose)
     ran = kernels_of(log())  # of a first use, the tiles that are tried come before
     expected = [k.format(FLOATS[dtype]) for k in kernels]
     assert ran[-len(expected) - 1 : -1] == expected  # and plain torch after
@@ -146,7 +157,7 @@ NOT_FINITE = [(INF, 0), (-INF, 0), (INF, -INF), (NAN, 0), (INF, 3)]
 # rows of x, GPU, transpose: one of each kernel of products
 EVERY_PRODUCT = [
     *((1, M1, True), (4, M1, True), (13, M1, True), (37, M3_MAX, True), (13, M5, True)),
-    *((1, M1, False), (37, M1, False)),
+    *((1, M1, False), (37, M1, False), (37, M5, False)),
 ]
 
 
@@ -196,15 +207,20 @@ STRUCTURED = [
 ]
 
 
+# rows of x, GPU, transpose: of each kind of tiles of 16 bits
+TILES = [(13, M3_MAX, True), (37, M3_MAX, True), (13, M5, True), (13, M5, False)]
+
+
 @pytest.mark.parametrize("level_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("m, gpu", [(13, M3_MAX), (37, M3_MAX), (13, M5)])
+@pytest.mark.parametrize("m, gpu, transpose", TILES)
 @pytest.mark.parametrize("x, levels, bits, group, why", STRUCTURED)
 def test_tiles_keep_the_rule_on_structured_products(
-    x, levels, bits, group, why, m, gpu, dtype, level_dtype, monkeypatch
+    x, levels, bits, group, why, m, gpu, transpose, dtype, level_dtype, monkeypatch
 ):
     monkeypatch.setenv("ONEBIT_FAKE_GPU", gpu)
-    case = Case(x, levels, bits, dtype, level_dtype, group, m, n=24, groups=256 // group)
+    n = 24 if transpose else 128
+    case = Case(x, levels, bits, dtype, level_dtype, group, m, n, 256 // group, 5, transpose)
     error, plain, allowed = errors(case, device="mps")
     assert error <= allowed, f"torch {plain}"
 
@@ -234,16 +250,16 @@ def test_few_rows_of_float32_keep_the_rule_on_terms_of_one_sign(
     assert max(ratios) <= 1, ratios
 
 
-@pytest.mark.parametrize("gpu", [M1, M3_MAX])
+@pytest.mark.parametrize("gpu", SORTED)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_sorted_indices_share_a_pass_over_each_matrix(dtype, gpu, monkeypatch):
     monkeypatch.setenv("ONEBIT_FAKE_GPU", gpu)
-    packed, scales, biases = weights(2, 70, 192, group_size=32, dtype=dtype)
-    x = torch.randn(40, 1, 192).to("mps", dtype)
+    packed, scales, biases = weights(2, 70, 160, group_size=32, dtype=dtype)
+    x = torch.randn(40, 1, 160).to("mps", dtype)
     rhs = torch.tensor([0] * 23 + [1] * 17, device="mps")
     log()
     y = ops.gather_qmm(x, packed, scales, biases, None, rhs, 32, True, True)
-    assert kernels_of(log()) == names(SORTED, dtype, gpu)
+    assert kernels_of(log())[-1:] == names(SORTED[gpu], dtype, gpu)
     plain = torch.stack(
         [torch_qmm(x[i], packed[r], scales[r], biases[r], 32) for i, r in enumerate(rhs.tolist())]
     )
@@ -258,7 +274,7 @@ def test_every_kernel_of_the_library_runs_in_these_tests():
     )
     covered = (
         {k for *_, gpu, kernels in PRODUCTS for t in FLOATS for k in names(kernels, t, gpu)}
-        | {k for gpu in (M1, M3_MAX) for t in FLOATS for k in names(SORTED, t, gpu)}
+        | {k for gpu in SORTED for t in FLOATS for k in names(SORTED[gpu], t, gpu)}
         | {
             k.format(FLOATS[t])
             for *_, kernels in TENSOR_PRODUCTS

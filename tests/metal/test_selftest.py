@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import emulator
 import pytest
 import torch
-from test_mps import M1, M3_MAX, M5, kernels_of, log, weights
+from host_build import GPUS, M1, M5
+from test_mps import kernels_of, log, weights
 from toolchain import ROOT, SHADERS
 
 from torch_onebit import selftest
@@ -18,7 +19,7 @@ from torch_onebit.selftest import cases, report, speed
 
 def test_it_passes_and_its_rows_are_every_kernel(monkeypatch):
     log()
-    for gpu in (M1, M3_MAX, M5):
+    for gpu in GPUS:
         monkeypatch.setenv("ONEBIT_FAKE_GPU", gpu)
         assert [str(row) for row in selftest.rows("mps") if not row.passed] == []
     library = emulator.Library(sorted(SHADERS.glob("*.metal")), [SHADERS])
@@ -100,17 +101,24 @@ MUTANTS = {
         "mode::multiply_accumulate",
         "mode::multiply",
     ),
-    "qmm_tensor: sums that start anywhere": ("qmm_tensor.metal", "sum[i] = 0.0f;", ";"),
+    "qmm_tensor: sums that start anywhere": (
+        "tensor_tile.h",
+        "sum[i] = 0.0f;",
+        ";",
+        "qmm_tensor",
+    ),
     "qmm_tensor: elements that are none": (
-        "qmm_tensor.metal",
+        "tensor_tile.h",
         "if (!sum.is_valid_element(i)) continue;",
         "",
+        "qmm_tensor",
     ),
-    "qmm_tensor: row and column": ("qmm_tensor.metal", "uint(at[1])", "uint(at[0])"),
+    "qmm_tensor: row and column": ("tensor_tile.h", "uint(at[1])", "uint(at[0])", "qmm_tensor"),
     "qmm_tensor: layout of another GPU": (
-        "qmm_tensor.metal",
-        "uint(at[1]), column = n0 + uint(at[0]);",
-        "thread_index / 16 * 8 + i / 4, column = n0 + thread_index % 16 * 4 + i % 4;",
+        "tensor_tile.h",
+        "get_multidimensional_index(i)",
+        "get_multidimensional_index(ushort(i ^ 2))",
+        "qmm_tensor",
     ),
     "qmm_tensor: rows past the last": (
         "qmm_tensor.metal",
@@ -118,7 +126,7 @@ MUTANTS = {
         "int(M)",
         "qmm_tensor, 32",
     ),
-    "qmm_tensor: outputs past the last": ("qmm_tensor.metal", "column >= p.n", "false"),
+    "qmm_tensor: outputs past the last": ("tensor_tile.h", "column >= n", "false", "qmm_tensor"),
     "qmm_tensor: no barrier": (
         "qmm_tensor.metal",
         "    threadgroup_barrier(mem_flags::mem_threadgroup);\n",
@@ -128,9 +136,74 @@ MUTANTS = {
     "qmm_tensor: stride of a tile": ("qmm_tensor.metal", "{1, int(stride)}", "{1, 32}"),
     "qmm_tensor: batch of y": (
         "qmm_tensor.metal",
-        "(group.z * p.m + m0 + r)",
-        "(m0 + r)",
+        "y + (group.z * p.m + m0) * p.n",
+        "y + m0 * p.n",
         "qmm_tensor, 32 rows, k",
+    ),
+    "qmm_n_tensor: end of k": (
+        "qmm_n_tensor.metal",
+        "int(min(kTileK, k_end - k0))",
+        "int(kTileK)",
+    ),
+    "qmm_n_tensor: end of a split": (
+        "qmm_n_tensor.metal",
+        "min(p.k, k_begin + p.split_k)",
+        "p.k",
+        "qmm_n_tensor, 32 rows, k",
+    ),
+    "qmm_n_tensor: batch of y": (
+        "qmm_n_tensor.metal",
+        "y + (group.z * p.m + m0) * p.n",
+        "y + m0 * p.n",
+        "qmm_n_tensor, 32 rows, k",
+    ),
+    "qmm_n_tensor: levels of a step": ("qmm_n_tensor.metal", "+ k * groups", "+ k0 * groups"),
+    "qmm_n_tensor: group of a word": ("qmm_n_tensor.metal", "word >> p.group_shift", "word"),
+    "qmm_n_tensor: one word": ("qmm_n_tensor.metal", "row * stride + column", "row * stride + 0"),
+    "qmm_n_tensor: w transposed": (
+        "qmm_n_tensor.metal",
+        "false, false, false",
+        "false, true, false",
+    ),
+    "qmm_n_tensor: relaxed precision": (
+        "qmm_n_tensor.metal",
+        "false, false, false",
+        "false, false, true",
+    ),
+    "qmm_n_tensor: first rows of w": ("qmm_n_tensor.metal", "x_rows + k0", "x_rows"),
+    "qmm_n_tensor: stride of a tile": ("qmm_n_tensor.metal", "{1, int(stride)}", "{1, 64}"),
+    "qmm_n_tensor: no barrier": (
+        "qmm_n_tensor.metal",
+        "    threadgroup_barrier(mem_flags::mem_threadgroup);\n",
+        "",
+    ),
+    "qmm_sorted_tensor: one pass": ("qmm_sorted_tensor.metal", "next.w != first.w ||", ""),
+    "qmm_sorted_tensor: rows of the pass before": (
+        "tensor_tile.h",
+        "row < block.row_begin ||",
+        "",
+        "qmm_sorted_tensor",
+    ),
+    "qmm_sorted_tensor: sums of the pass before": (
+        "qmm_sorted_tensor.metal",
+        "    clear_sums(sum);\n",
+        "    if (begin == 0) clear_sums(sum);\n",
+    ),
+    "qmm_sorted_tensor: matrix of w": ("qmm_sorted_tensor.metal", "first.w * p.n + (in", "(in"),
+    "qmm_sorted_tensor: levels once": (
+        "qmm_sorted_tensor.metal",
+        "(word & group_mask) == 0",
+        "word == 0",
+    ),
+    "qmm_sorted_tensor: relaxed precision": (
+        "qmm_sorted_tensor.metal",
+        "false, true, false",
+        "false, true, true",
+    ),
+    "qmm_sorted_tensor: no barrier": (
+        "qmm_sorted_tensor.metal",
+        "      threadgroup_barrier(mem_flags::mem_threadgroup);\n",
+        "",
     ),
     "qmm_sorted: one pass": ("qmm.metal", "next.w != first.w ||", "", "qmm_sorted"),
     "qmm_n: group of a word": ("qmm_n.metal", "(word & group_mask) == 0", "false"),
@@ -167,12 +240,17 @@ ALSO = {
     "qmm.metal": ["sum_partials"],
     "qmm_tensor.metal": ["sum_partials"],
     "qmm_n.metal": ["sum_partials"],
+    "qmm_n_tensor.metal": ["sum_partials"],
     "qvm.metal": ["sum_partials"],
 }
 LIBRARIES = {
     "common.h": {"flip_bits": ["flip_bits"]},
     "tile_levels.h": {"qmm": ["qmm", "sum_partials"]},
     "tile.h": {"qmm": ["qmm", "sum_partials"]},
+    "tensor_tile.h": {
+        "qmm_tensor": ["qmm_tensor", "sum_partials"],
+        "qmm_sorted_tensor": ["qmm_sorted_tensor"],
+    },
     "sum_partials.metal": {"qvm, k": ["qvm", "sum_partials"]},
 }
 
@@ -209,7 +287,7 @@ def libraries(tmp_path_factory):
 @pytest.mark.parametrize("defect", MUTANTS)
 def test_a_defect_in_a_kernel_fails_the_selftest(defect, libraries, monkeypatch):
     monkeypatch.setenv("ONEBIT_EMULATOR", libraries[defect])
-    monkeypatch.setenv("ONEBIT_FAKE_GPU", M5 if defect.startswith("qmm_tensor") else M1)
+    monkeypatch.setenv("ONEBIT_FAKE_GPU", M5 if "_tensor:" in defect else M1)
     assert finds_a_defect(target(defect)[0])
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import traffic
+from host_build import M1, M5
 
 # m, n, k, group size, transpose, why
 SHAPES = [
@@ -31,9 +32,9 @@ def test_weights_are_read_once_per_pass(m, n, k, group_size, transpose, why):
 
 # m, GPU, how often a line of packed words, of 32 steps, may leave the L1
 LINES = [
-    (32, "7:7", 8, "every fourth step"),
-    (64, "7:7", 8, "64 lines of x are all that the L1 holds"),
-    (64, "10:10", 16, "two threads hold a row, so every second step"),
+    (32, M1, 8, "every fourth step"),
+    (64, M1, 8, "64 lines of x are all that the L1 holds"),
+    (64, M5, 16, "two threads hold a row, so every second step"),
 ]
 
 

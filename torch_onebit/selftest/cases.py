@@ -78,17 +78,25 @@ METAL_PRODUCTS = [
     Product("many rows, by the rules", 70, 71, 384),
     Product("qvm", 1, 70, 384, transpose=False),
     Product("qvm, k split", 1, 2048, 128, transpose=False),
-    Product("qmm_n", 40, 70, 384, transpose=False),
-    Product("qmm_n, k split", 16, 2048, 128, transpose=False),
+    Product("qmm_n", 40, 70, 384, transpose=False, forced="qmm_n"),
+    Product("qmm_n, k split", 16, 2048, 128, transpose=False, forced="qmm_n"),
 ]
 # Where the GPU has tensor operations; of x of 16 bits.
 TENSOR_PRODUCTS = [
-    Product(
-        f"qmm_tensor, {rows} rows{', k split' if k > 1024 else ''}", m, n, k, forced="qmm_tensor"
-    )
-    for rows, m, n, k in [
-        *((32, 20, 71, 384), (64, 40, 71, 384), (128, 150, 71, 384)),
-        *((32, 16, 32, 2048), (64, 40, 32, 2048), (128, 70, 32, 2048)),
+    Product(f"{kernel}, {size}", m, rows, columns, kernel == "qmm_tensor", forced=kernel)
+    for kernel, size, m, rows, columns in [
+        ("qmm_tensor", "32 rows", 20, 71, 384),
+        ("qmm_tensor", "64 rows", 40, 71, 384),
+        ("qmm_tensor", "128 rows", 150, 71, 384),
+        ("qmm_tensor", "32 rows, k split", 16, 32, 2048),
+        ("qmm_tensor", "64 rows, k split", 40, 32, 2048),
+        ("qmm_tensor", "128 rows, k split", 70, 32, 2048),
+        ("qmm_n_tensor", "32 rows", 20, 70, 384),
+        ("qmm_n_tensor", "64 rows", 40, 70, 384),
+        ("qmm_n_tensor", "128 rows", 150, 70, 384),
+        ("qmm_n_tensor", "32 rows, k split", 16, 2047, 128),
+        ("qmm_n_tensor", "64 rows, k split", 40, 2047, 128),
+        ("qmm_n_tensor", "128 rows, k split", 70, 2047, 128),
     ]
 ]
 CUDA_PRODUCTS = [
@@ -121,7 +129,7 @@ def variants(products: list[Product]) -> Iterator[tuple[Product, torch.dtype]]:
     """Each product in each dtype, with other groups and levels in each."""
     for i, dtype in enumerate(DTYPES):
         for j, p in enumerate(products):
-            if p.forced == "qmm_tensor" and dtype == torch.float32:
+            if p.forced.endswith("_tensor") and dtype == torch.float32:
                 continue
             if p.group_size is not None:
                 yield p, dtype
@@ -129,6 +137,12 @@ def variants(products: list[Product]) -> Iterator[tuple[Product, torch.dtype]]:
             turn = (i + j) % 3
             other = DTYPES[(i + 1) % 3] if turn == 1 else None
             yield replace(p, group_size=GROUPS[turn], biases=turn > 0, level_dtype=other), dtype
+
+
+def sorted_kernels(dtype: torch.dtype, device: str) -> list[str]:
+    """Of rows that are sorted by matrix."""
+    tensor = device == "mps" and dtype != torch.float32 and has_tensor_operations()
+    return ["qmm_sorted", *(["qmm_sorted_tensor"] if tensor else [])]
 
 
 def make_weights(
@@ -195,7 +209,12 @@ def forced_kernel(name: str) -> Iterator[None]:
 
 
 def gather_error(
-    experts: int, is_sorted: bool, group_size: int, dtype: torch.dtype, device: str
+    experts: int,
+    is_sorted: bool,
+    group_size: int,
+    dtype: torch.dtype,
+    device: str,
+    forced: str = "",
 ) -> tuple[float, float]:
     tokens = 48
     weights = make_weights(experts * 40, 256, dtype, group_size)
@@ -208,7 +227,8 @@ def gather_error(
     plain = x @ w[chosen].mT
     op = torch.ops.onebit.gather_qmm
     arguments = (x, *stacked, None, chosen, group_size, True, is_sorted)
-    y = on_gpu(device, op, arguments, plain)
+    with forced_kernel(forced):
+        y = on_gpu(device, op, arguments, plain)
     return relative_error(y, exact), max(
         2 * relative_error(plain, exact), 0.5 * torch.finfo(dtype).eps
     )
@@ -385,8 +405,10 @@ def checks(device: str) -> Iterator[Check]:
                 name = f"affine_grad, {group_size}{'' if transpose else ', not transposed'}"
                 call = partial(affine_grad_error, group_size, transpose, dtype, device)
                 yield Check(name, dtype, call)
-            call = partial(gather_error, 4, True, group_size, dtype, device)
-            yield Check(f"qmm_sorted, {group_size}", dtype, call)
+            for kernel in sorted_kernels(dtype, device):
+                forced = kernel if device == "mps" else ""
+                call = partial(gather_error, 4, True, group_size, dtype, device, forced)
+                yield Check(f"{kernel}, {group_size}", dtype, call)
         call = partial(gather_error, 4, False, 32, dtype, device)
         yield Check("gather, not sorted", dtype, call)
         for name in CALLS:

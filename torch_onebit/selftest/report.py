@@ -17,6 +17,7 @@ MEASURED = [
     (True, "qmm_tensor", (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 512)),
     (False, "qvm", (1,)),
     (False, "qmm_n", (1, 2, 4, 8, 32, 128)),
+    (False, "qmm_n_tensor", (2, 4, 8, 32, 128)),
 ]
 
 
@@ -40,7 +41,8 @@ def tuning() -> tuple[dict, list[dict]]:
 
 
 def can_compute(kernel: str, gpu: dict, dtype: torch.dtype) -> bool:
-    return kernel != "qmm_tensor" or (gpu["tensor_operations"] and dtype != torch.float32)
+    tensor = kernel.endswith("_tensor")
+    return not tensor or (gpu["tensor_operations"] and dtype != torch.float32)
 
 
 def chosen_rule(rules: list[dict], gpu: dict, s: Speed) -> int:

@@ -18,8 +18,6 @@ import toolchain
 from torch_onebit import selftest
 
 HERE = Path(__file__).resolve().parent
-# Family and cores of the GPUs that the fake Metal plays: every kernel is chosen on one of them.
-GPUS = {"M1": "7:7", "M3 Max": "9:24", "M5": "10:10"}
 
 
 def recorder(folder: Path) -> Path:
@@ -39,7 +37,7 @@ def record(folder: Path, run: Callable[[], None]) -> None:
 
 
 def check_every_kernel() -> None:
-    for gpu in GPUS.values():
+    for gpu in host_build.GPUS:
         os.environ["ONEBIT_FAKE_GPU"] = gpu
         failed = [str(row) for row in selftest.rows("mps") if not row.passed]
         assert not failed, "\n".join(failed)
