@@ -54,7 +54,7 @@ template <typename T>
       for (uint i = 0; i < kWordBits; i++) {
         part[i % 4] = fma(select(levels.bias, one, bit_of(bits[r], i)), value[i], part[i % 4]);
       }
-      sum[r] += (part[0] + part[1]) + (part[2] + part[3]);
+      sum[r] += (part[0] + part[2]) + (part[1] + part[3]);
     }
   }
   ONEBIT_UNROLL

@@ -41,7 +41,7 @@ MUTANTS = {
     "qmv: group of a word": ("qmv.metal", "(word >> p.group_shift)", "(word >> 1)"),
     "qmv: levels swapped": ("qmv.metal", "select(levels.bias, one,", "select(one, levels.bias,"),
     "qmv: a sum in half": ("qmv.metal", "sum[r] += (part[0]", "sum[r] += float(half(part[0])"),
-    "qmv: a part is lost": ("qmv.metal", "(part[2] + part[3])", "part[2]"),
+    "qmv: a part is lost": ("qmv.metal", "(part[1] + part[3])", "part[1]"),
     "qmv_wide: odd terms are lost": ("qmv_wide.metal", "(part[0] + part[1])", "part[0]"),
     "qmv: last word": ("qmv.metal", "word < words;", "word + 1 < words;"),
     "levels: absent biases": ("common.h", "-0.5f * levels.scale", "0.5f * levels.scale"),
