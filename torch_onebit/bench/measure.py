@@ -14,6 +14,9 @@ SPIN_STEPS = 1 << 20
 # Slowdowns seen: one thread with a core to itself 1.05 to 1.08; two threads on two cores that other
 # processes kept busy 3 to 5.
 QUIET = 1.15
+# Spins whose CPU time is taken together: the kernel books that of a running thread every few
+# milliseconds only, so that one spin may seem to have had one thread's, or three threads'.
+BLOCK = 25
 
 
 @dataclass
@@ -22,14 +25,23 @@ class Spin:
     in it, as time that its threads waited for a core and as a spread of what it takes."""
 
     seconds: list[float] = field(default_factory=list)
-    waited: list[float] = field(default_factory=list)  # seconds of all threads per CPU second
+    cpu_seconds: list[float] = field(default_factory=list)  # of all threads
 
     def __call__(self) -> None:
         begin, cpu = time.perf_counter(), time.process_time()
         torch.ops.onebit_bench.multiply_adds(SPIN_STEPS)
-        seconds = time.perf_counter() - begin
-        self.seconds.append(seconds)
-        self.waited.append(seconds * torch.get_num_threads() / (time.process_time() - cpu))
+        self.seconds.append(time.perf_counter() - begin)
+        self.cpu_seconds.append(time.process_time() - cpu)
+
+    @property
+    def waited(self) -> list[float]:
+        """Seconds of all threads per CPU second, of blocks of spins."""
+        threads = torch.get_num_threads()
+        starts = range(0, max(len(self.seconds) - BLOCK, 0) + 1, BLOCK)
+        return [
+            threads * sum(self.seconds[i : i + BLOCK]) / sum(self.cpu_seconds[i : i + BLOCK])
+            for i in starts
+        ]
 
     @property
     def slowdown(self) -> float:
@@ -39,7 +51,7 @@ class Spin:
 
     def clear(self) -> None:
         self.seconds.clear()
-        self.waited.clear()
+        self.cpu_seconds.clear()
 
 
 SPIN = Spin()
