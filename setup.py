@@ -71,7 +71,8 @@ def cuda_include() -> str:
 def extension() -> CppExtension:
     compile_args = [
         "-std=c++20",  # which torch before 2.13 does not ask for
-        "-O3",
+        # After CFLAGS, whose -O0 is meant: sanitizers and emulation would compile for ten minutes.
+        "-O0" if "-O0" in os.environ.get("CFLAGS", "").split() else "-O3",
         "-g0",
         "-fvisibility=hidden",
         "-Wall",
