@@ -92,7 +92,7 @@ asan-extension: $(VENV)/.installed
 EMULATED := $(wildcard csrc/cpu/kernels/avx512/*.cpp)
 test-avx512: $(KERNELS)
 	mkdir -p build
-	for f in $(notdir $(EMULATED)); do $(CXX) $(KERNEL_FLAGS) -O0 -Wno-psabi \
+	for f in $(notdir $(EMULATED)); do $(CXX) $(KERNEL_FLAGS) -O0 -Wno-psabi -Wno-unused-parameter \
 	  -include tests/cpp/avx512_emulated.h -c csrc/cpu/kernels/avx512/$$f -o build/$$f.emulated.o || exit 1; done
 	$(CXX) $(KERNEL_FLAGS) -O1 $(filter-out $(EMULATED),$(KERNELS)) \
 	  $(EMULATED:csrc/cpu/kernels/avx512/%=build/%.emulated.o) -o build/test_kernels_emulated
