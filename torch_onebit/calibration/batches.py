@@ -25,10 +25,11 @@ def as_calls(model: nn.Module, batches: Iterable[Any]) -> tuple[list[Call], str]
     one.
 
     Raises:
+        TypeError: something else than an iterable of batches.
         ValueError: no batches, or batches that do not say which arguments they are.
     """
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
-        raise ValueError(
+        raise TypeError(
             f"batches must be an iterable of batches, such as a list, got {type(batches).__name__}"
         )
     parameters = _Parameters.of(model)

@@ -82,6 +82,7 @@ def calibrate_(
         model. Errors and seconds of each layer, and what was made of batches, are in
         ``report(model)``.
     Raises:
+        TypeError: an argument of the wrong kind.
         ValueError: no batches or only empty ones, batches that do not say which arguments they
             are, an option or group size that is not allowed, NaN or Inf in a weight or in what
             batches give a layer, or a checkpoint of another run.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_onebit.checks import NotScriptable
+from torch_onebit.checks import NotScriptable, check_kind
 from torch_onebit.float_layers import experts_obstacle, projection_shapes, shape_of
 from torch_onebit.nn.stack import OneBitStack
 
@@ -24,6 +24,7 @@ class OneBitExperts(NotScriptable, nn.Module):
         experts: the float module, whose activation and gate are used; its weights are not kept.
         gate_proj, up_proj, down_proj: its matrices.
     Raises:
+        TypeError: something else than a module.
         ValueError: experts of a form that this one does not have, or matrices that do not fit.
     """
 
@@ -37,6 +38,7 @@ class OneBitExperts(NotScriptable, nn.Module):
         down_proj: OneBitStack,
     ) -> None:
         super().__init__()
+        check_kind("experts", experts, nn.Module, "an nn.Module")
         reason = experts_obstacle(experts)
         if reason:
             raise ValueError(

@@ -47,8 +47,12 @@ def tie(first: nn.Module, second: nn.Module) -> None:
     Both are ``OneBitModule``.
 
     Raises:
+        TypeError: something else.
         ValueError: weights of different shape, group size or form.
     """
+    for name, module in (("first", first), ("second", second)):
+        if not hasattr(module, "_tie"):  # its class imports this module
+            raise TypeError(f"{name} must be a OneBitModule, got {type(module).__name__}")
     if first.weight.shape != second.weight.shape or first.group_size != second.group_size:
         raise ValueError(
             f"second must have packed weights {list(first.weight.shape)} in groups of "

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_onebit.checks import NotScriptable
+from torch_onebit.checks import NotScriptable, check_kind
 from torch_onebit.nn import OneBitExperts, OneBitStack
 from torch_onebit.nn.experts import filled, shell_of
 from torch_onebit.qat.function import binary_weights
@@ -57,6 +57,7 @@ class QATExperts(NotScriptable, nn.Module):
         symmetric: bool = False,
     ) -> None:
         super().__init__()
+        check_kind("experts", experts, nn.Module, "an nn.Module")
         options = method, group_size, symmetric
         self.gate_up_proj = QATStack(_gate_up(experts), *options)
         self.down_proj = QATStack(experts.down_proj, *options)
