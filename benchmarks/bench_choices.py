@@ -10,6 +10,7 @@ docs/which_method.md.
 import argparse
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import models
@@ -65,12 +66,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=models.WHEELS, default=list(models.WHEELS))
     parser.add_argument("--packages", type=Path, default=models.FOLDER, help="where wheels lie")
     parser.add_argument("--seconds", type=float, default=300, help="that one calibration may take")
+    parser.add_argument("--group-size", type=int, help="other than each model's own")
     parser.add_argument("--write", action="store_true", help="into docs/which_method.md")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     subjects = [models.load(name, args.packages) for name in args.models]
+    if args.group_size:
+        subjects = [replace(s, group_size=args.group_size) for s in subjects]
     rows = [row for subject in subjects for row in measure(subject, args.seconds)]
     text = pages.table(["model", "choice", "MB", "`optimal`", "`calibrate_`"], rows)
     text += "\n\n" + "; ".join(f"{s.name}: {s.figure}, groups of {s.group_size}" for s in subjects)

@@ -33,8 +33,8 @@ class CalibrationOptions:
 
     rounds: refits, each followed by a descent; it stops earlier when no bit flips.
     sweeps: passes over the columns per descent.
-    damping: added to the diagonal of H, in units of its mean; 100 times as much where a layer is in
-        a loop of the model.
+    damping: added to the diagonal of H, in units of its mean; 3000 times as much where a layer is
+        in a loop of the model.
     """
 
     rounds: int = 3

@@ -26,7 +26,7 @@ from torch_onebit.surgery import FilterFn
 # Damping of a layer in a loop, in units of the others'. Its inputs will not be those of the float
 # model that it is fitted to, but have the error of all loops before: damping is what independent
 # errors of that size would add to their moments (docs/which_method.md has figures of an ALBERT).
-LOOPED = 100
+LOOPED = 3000
 
 
 def calibrate_(
