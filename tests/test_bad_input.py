@@ -229,6 +229,7 @@ WRONG_TYPES = [
     (lambda: convert_(plain(), dtype="half"), "dtype must be float32, .* got 'half'"),
     (lambda: calibrate_(plain(), [], options="x"), "options must be CalibrationOptions, got str"),
     (lambda: calibrate_(plain(), 3), "batches must be an iterable of batches, .* got int"),
+    (lambda: calibrate_(plain(), {"x": X}), "batches must be an iterable of .* got dict"),
     (lambda: tie(OneBitLinear(128, 8), "head"), "second must be a OneBitModule, got str"),
     (lambda: OneBitExperts("e", X, X, X), "experts must be an nn.Module, got str"),
     (lambda: QATExperts("e"), "experts must be an nn.Module, got str"),

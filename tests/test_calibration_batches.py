@@ -77,7 +77,6 @@ UNCLEAR = [
     ("too few", Masked, [()], r"which arguments of forward\(x, mask=\) .* tuple of 0"),
     ("other names", Optional, [{"y": X}], r"hold the arguments of forward\(x=, mask=\), .* of y"),
     ("none", Masked, [], "hold at least one batch, got none"),
-    ("no list", Masked, {"x": X}, "be an iterable of batches, such as a list, got dict"),
 ]
 
 
