@@ -39,6 +39,17 @@ class Prefetch {
   const char *next_, *end_;
 };
 
+// Words [word, word + words) of rows [begin, end), a line or two per row: rows are too far apart
+// for the hardware to foresee.
+template <class L>
+ONEBIT_INLINE void prefetch_rows(
+    const Weights& w, int64_t begin, int64_t end, int64_t word, int64_t words) {
+  for (int64_t row = begin; row < end; ++row) {
+    const auto* next = w.packed + row * (w.columns / kWordBits) + word;
+    for (int64_t i = 0; i < words; i += 16) L::prefetch(next + i);
+  }
+}
+
 // One row of x: the tables of all of k are built first (26 bytes per value), then the weights
 // stream by once, a tile of rows at a time, while the next tile's memory is prefetched.
 template <class L, int kWords>
@@ -153,13 +164,8 @@ void qmm_t_panels(const QmmArgs& a, const Block& block) {
         const int groups = int(columns / kGroup);
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t row = n + t * L::kRows, rows = at_most(L::kRows, n + n_count - row);
-          // The next tile's words, a line or two per row: rows are too far apart for the hardware
-          // to foresee.
-          const int64_t next_end = at_most(row + 2 * L::kRows, n + n_count);
-          for (int64_t r = row + L::kRows; r < next_end; ++r) {
-            const auto* next = a.w.packed + r * words + k / kWordBits;
-            for (int64_t c = 0; c < columns; c += 512) L::prefetch(next + c / kWordBits);
-          }
+          prefetch_rows<L>(a.w, row + L::kRows, at_most(row + 2 * L::kRows, n + n_count),
+                           k / kWordBits, columns / kWordBits);
           L::template pack_rows<kWords>(a.w.packed + row * words + k / kWordBits, words, int(rows),
                                         int(columns / kWordBits), index + t * kIndex,
                                         tiles * kIndex);

@@ -77,11 +77,7 @@ struct StoredTile {
   }
   // What the next tile will read.
   void prefetch_next(int64_t group, int groups, int64_t next_rows) const {
-    const int64_t words = w.columns / kWordBits;
-    for (int64_t r = 0; r < next_rows; ++r) {
-      const auto* next = w.packed + (row + rows + r) * words + group * kWords;
-      for (int c = 0; c < groups * kWords; c += 16) L::prefetch(next + c);
-    }
+    prefetch_rows<L>(w, row + rows, row + rows + next_rows, group * kWords, groups * kWords);
   }
 };
 
