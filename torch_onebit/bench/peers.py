@@ -25,9 +25,8 @@ class Weights:
 
     @classmethod
     def random(cls, n: int, k: int, group_size: int) -> "Weights":
-        packed = torch.randint(-(2**31), 2**31, (n, k // 32), dtype=torch.int32)
-        scales = torch.empty(n, k // group_size).uniform_(0.02, 0.04).half()
-        biases = torch.empty(n, k // group_size).uniform_(-0.02, -0.01).half()
+        """Of normally distributed values: their levels are on both sides of 0, as those of models."""
+        packed, scales, biases = ops.quantize(torch.randn(n, k).mul_(0.02).half(), group_size)
         return cls(packed, scales, biases, group_size)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, int]:
