@@ -18,6 +18,7 @@ struct PrepackedGroup {
   static constexpr bool kSpareStored = false;
   const char* block;
   int64_t word_bytes, level_bytes, block_bytes;
+  int64_t tiles, group_bytes;  // of the panel; from a group to the next
   DType dtype;
   bool has_biases;
 
@@ -32,8 +33,12 @@ struct PrepackedGroup {
     return has_biases ? L::load_level(biases, dtype, r * L::kLanes)
                       : L::mul(L::set(-0.5f), scale(tile, r));
   }
+  // What is read next are tiles of this panel, of this group and of those after it.
   ONEBIT_INLINE void prefetch(int64_t tile) const {
-    const char* p = block + (tile + kPrefetchBlocks) * block_bytes;
+    int64_t ahead = tile + kPrefetchBlocks;
+    const char* p = block;
+    for (; ahead >= tiles; ahead -= tiles) p += group_bytes;
+    p += ahead * block_bytes;
     for (int64_t i = 0; i < block_bytes; i += 64) L::prefetch(p + i);
   }
 };
@@ -70,7 +75,8 @@ void qmm_prepacked_panels(const QmmArgs& a, const char* prepacked, const Block& 
             add_group<L, kM, kWords>(
                 activations(a), m + i, column, group, table, second,
                 PrepackedGroup<L>{prepacked + layout.offset(g, n / L::kRows), layout.word_bytes,
-                                  layout.level_bytes, layout.block_bytes, a.w.dtype,
+                                  layout.level_bytes, layout.block_bytes, tiles,
+                                  layout.tiles * layout.block_bytes, a.w.dtype,
                                   a.w.biases != nullptr},
                 sums.from(i), tiles);
           }

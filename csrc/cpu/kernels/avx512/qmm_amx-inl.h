@@ -92,8 +92,9 @@ struct PrepackedTile {
   const char* block(int64_t group) const { return prepacked + layout.offset(group, tile); }
   void levels(int64_t group, int groups, float* scales, float* biases) const {
     for (int g = 0; g < groups; ++g) {
-      const PrepackedGroup<L> from{block(group + g),   layout.word_bytes, layout.level_bytes,
-                                   layout.block_bytes, w.dtype,           w.biases != nullptr};
+      const PrepackedGroup<L> from{
+          block(group + g), layout.word_bytes,  layout.level_bytes, layout.block_bytes, 1, 0,
+          w.dtype,          w.biases != nullptr};
       for (int r = 0; r < L::kVectors; ++r) {
         L::store(scales + g * L::kRows + r * L::kLanes, from.scale(0, r));
         L::store(biases + g * L::kRows + r * L::kLanes, from.bias(0, r));
