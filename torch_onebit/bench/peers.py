@@ -25,7 +25,7 @@ class Weights:
 
     @classmethod
     def random(cls, n: int, k: int, group_size: int) -> "Weights":
-        """Of normally distributed values: their levels are on both sides of 0, as those of models."""
+        """Of normally distributed values: levels on both sides of 0, as models have them."""
         packed, scales, biases = ops.quantize(torch.randn(n, k).mul_(0.02).half(), group_size)
         return cls(packed, scales, biases, group_size)
 
