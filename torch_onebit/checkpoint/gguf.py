@@ -119,6 +119,13 @@ class GGUFFile:
             self._map, dtype=torch.uint8, count=tensor.size, offset=tensor.offset
         )
 
+    def release(self, tensor: GGUFTensor) -> None:
+        """Have the system take back the memory of a tensor that was copied, and not written to."""
+        size = mmap.PAGESIZE
+        first, last = -(-tensor.offset // size), (tensor.offset + (tensor.size or 0)) // size
+        if first < last and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, first * size, (last - first) * size)
+
 
 class _Reader:
     """A place in a file, which moves on and never past the end."""

@@ -75,6 +75,7 @@ class GGUFCheckpoint:
         tensor = self._tensors[name]
         rows, columns = tensor.shape
         layer = blocks.unpack_q1_0(tensor.name, self.file.bytes_of(tensor), rows, columns)
+        self.file.release(tensor)
         heads = architectures.heads_of(name, self.config)
         return _by_rows(layer, lambda t: architectures.separate(t, heads)) if heads else layer
 

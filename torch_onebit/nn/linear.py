@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch_onebit import ops
 from torch_onebit.checks import check_kind, check_packed
 from torch_onebit.float_layers import is_conv1d, matrix
+from torch_onebit.mapped import release_pages
 from torch_onebit.methods import quantize_weight
 from torch_onebit.nn.sizes import stored_columns, uniform_std
 from torch_onebit.nn.weight import OneBitModule
@@ -97,9 +98,12 @@ class OneBitLinear(OneBitModule):
         self.check_prepackable()
         with torch.inference_mode(False), torch.no_grad():
             prepacked = ops.prepack(self.weight, self.scales, self.biases, self.group_size)
+        replaced = [t for t in (self.weight, self.scales, self.biases) if t is not None]
         levels = self.scales.dtype, self.biases is None
         self.__class__ = self.prepacked_form
         self._take_over(prepacked, *levels)
+        for tensor in replaced:  # where they mirror a file, that keeps them
+            release_pages(tensor)
         return prepacked.numel()
 
     def check_prepackable(self) -> None:
