@@ -36,6 +36,7 @@ struct Group {
   float all[2][kM];    // the sum of the group in units
   int32_t sum[2][kM];  // the same in steps
   int units;           // in a step
+  bool usual;          // whether the levels that were met last were
 
   ONEBIT_INLINE float step(int plane, int row) const { return unit[plane][row] * units; }
 
@@ -109,6 +110,7 @@ ONEBIT_INLINE void build_tables(const Activations& x,
   alignas(64) float buffer[kCount];
   Planes<typename L::Integer, kCount> planes;
   group.planes = 1;
+  group.usual = true;
   group.plain = 0;
   group.in_double = 0;
   for (int i = 0; i < kM; ++i) {
@@ -299,23 +301,25 @@ __attribute__((noinline)) void add_double_tile(const Group<kM>& group,
 
 // The same for usual levels only: false where there are others, and y is as it was.
 template <class L, int kM, int kWords, class Panel>
-ONEBIT_INLINE bool add_usual_tile(const Group<kM>& group,
+ONEBIT_INLINE bool add_usual_tile(Group<kM>& group,
                                   int plane,
                                   const float* table,
                                   const Panel& w,
                                   int64_t t,
                                   float* y,
                                   int64_t ld) {
-  // Levels are read once if the results fit registers until all levels are known; else twice.
+  // Levels are read once if the results fit registers until all levels are known; else twice. So
+  // they are where the last were not usual, for sums that are of no use cost more.
   constexpr bool kOnce = kM == 1 && 4 * L::kVectors <= L::kRegisters;
   auto usual = L::set(-1);
   typename L::Vec result[L::kVectors];
-  if (!kOnce) {
+  if (!kOnce || __builtin_expect(!group.usual, 0)) {
     ONEBIT_UNROLL
     for (int r = 0; r < L::kVectors; ++r) {
       usual = Levels<L>(w.scale(t, r), w.bias(t, r)).keep_usual(usual);
     }
-    if (__builtin_expect(!L::all_negative(usual), 0)) return false;
+    group.usual = L::all_negative(usual);
+    if (__builtin_expect(!group.usual, 0)) return false;
   }
   L::template tile<kM, kWords, Panel::kSpareStored>(
       w.index(t), table, group.sum[plane],
@@ -331,7 +335,8 @@ ONEBIT_INLINE bool add_usual_tile(const Group<kM>& group,
         }
       });
   if (!kOnce) return true;
-  if (__builtin_expect(!L::all_negative(usual), 0)) return false;
+  group.usual = L::all_negative(usual);
+  if (__builtin_expect(!group.usual, 0)) return false;
   ONEBIT_UNROLL
   for (int r = 0; r < L::kVectors; ++r) L::store(y + r * L::kLanes, result[r]);
   return true;
@@ -342,7 +347,7 @@ template <class L, int kM, int kWords, class Panel>
 ONEBIT_INLINE void add_group(const Activations& x,
                              int64_t m,
                              int64_t column,
-                             const Group<kM>& group,
+                             Group<kM>& group,
                              const float* table,
                              const float* second,
                              const Panel& w,

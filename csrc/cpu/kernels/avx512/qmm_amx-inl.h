@@ -137,7 +137,7 @@ void qmm_t_tiles(const QmmArgs& a, const Block& block, const TileAt& tile_at) {
       const PackedGroup<L, kWords> group_of_w{index + g % kStep * kIndex, scales + g * L::kRows,
                                               biases + g * L::kRows};
       tables.for_tiles(
-          m_count, g, [&](auto tile, int64_t i, const auto& group, float* table, float* second) {
+          m_count, g, [&](auto tile, int64_t i, auto& group, float* table, float* second) {
             Sums y = to.from(i);
             y.ld = L::kRows;  // known to the compiler
             add_group<L, decltype(tile)::value, kWords>(activations(a), m + i,
