@@ -1,5 +1,7 @@
 """qmm: accurate for every shape, dtype and layout, whatever table and however many threads."""
 
+from timeit import Timer
+
 import pytest
 import torch
 from cases import MIX_IDS, MIXES, SHAPE_IDS, SHAPES
@@ -220,3 +222,24 @@ def test_qmm_sums_in_float32_whatever_x_is(isa):
     scales, biases = torch.ones(3, 32), torch.zeros(3, 32)
     y = qmm(torch.ones(1, 4096, dtype=torch.float16), packed, scales, biases, 128)
     assert y.tolist() == [[4096.0] * 3]
+
+
+@pytest.mark.parametrize("m", [1, 6])
+def test_a_tile_with_few_outputs_takes_no_longer_than_a_full_one(m, isa):
+    """Whatever memory holds of the product before in the place of the outputs that are not."""
+    n, k = 128, 4096
+    x = torch.randn(m, k) * 1e-12
+    x[:, ::128], x[:, 1::128] = 1, -1  # the rest is lost in fixed point
+    packed, scales, _ = make_weights(n, k)
+    before = (x, packed, scales, torch.zeros_like(scales), 128)  # beside 0 it counts
+
+    def seconds(rows: int) -> float:
+        call = Timer(lambda: qmm(x, packed[:rows], scales[:rows], -scales[:rows] / 2, 128)).timeit
+        qmm(*before)
+        return min(call(1) for _ in range(30))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    few, full = seconds(17), seconds(n)
+    torch.set_num_threads(threads)
+    assert few < 1.5 * full

@@ -85,8 +85,8 @@ void qmm_t_stream(const QmmArgs& a, const Block& block) {
     clear_sums<L>(sums, 1, L::kRows);
     for (int64_t g = 0; g < groups; ++g) {
       if (g % kGroups == 0) {
-        pack_levels<L>(a.w, n, rows, g, int(at_most(kGroups, groups - g)), scales, biases,
-                       L::kRows);
+        pack_tile_levels<L>(a.w, n, rows, g, int(at_most(kGroups, groups - g)), scales, biases,
+                            L::kRows);
       }
       if (g % kStep == 0) {
         L::template pack_rows<kWords>(a.w.packed + n * words + g * kWords, words, int(rows),
@@ -169,8 +169,8 @@ void qmm_t_panels(const QmmArgs& a, const Block& block) {
           L::template pack_rows<kWords>(a.w.packed + row * words + k / kWordBits, words, int(rows),
                                         int(columns / kWordBits), index + t * kIndex,
                                         tiles * kIndex);
-          pack_levels<L>(a.w, row, rows, k / kGroup, groups, scales + t * L::kRows,
-                         biases + t * L::kRows, ld);
+          pack_tile_levels<L>(a.w, row, rows, k / kGroup, groups, scales + t * L::kRows,
+                              biases + t * L::kRows, ld);
         }
         const auto add = [&](auto rows, int64_t i) {
           add_chunk<L, decltype(rows)::value, kWords>(a, m + i, k, groups, index, scales, biases,

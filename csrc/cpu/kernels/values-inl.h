@@ -105,6 +105,26 @@ ONEBIT_INLINE void pack_levels(const Weights& w,
   pack(w, row, rows, group, groups, scales, biases, ld);
 }
 
+// The same for a tile of L::kRows rows, of which some may be missing: theirs are usual levels, for
+// a tile with others takes longer.
+template <class L>
+ONEBIT_INLINE void pack_tile_levels(const Weights& w,
+                                    int64_t row,
+                                    int64_t rows,
+                                    int64_t group,
+                                    int groups,
+                                    float* scales,
+                                    float* biases,
+                                    int64_t ld) {
+  pack_levels<L>(w, row, rows, group, groups, scales, biases, ld);
+  for (int64_t r = tiles_for(rows, L::kLanes) * L::kLanes; r < L::kRows; r += L::kLanes) {
+    for (int g = 0; g < groups; ++g) {
+      L::store(scales + g * ld + r, L::set(2));
+      L::store(biases + g * ld + r, L::set(-1));
+    }
+  }
+}
+
 // A row-major matrix of activations; row i of the product is its row rows[i], or row i.
 struct Activations {
   const void* data;

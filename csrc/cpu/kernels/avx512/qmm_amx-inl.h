@@ -67,7 +67,7 @@ struct StoredTile {
   int64_t row, rows;
 
   void levels(int64_t group, int groups, float* scales, float* biases) const {
-    pack_levels<L>(w, row, rows, group, groups, scales, biases, L::kRows);
+    pack_tile_levels<L>(w, row, rows, group, groups, scales, biases, L::kRows);
   }
   // Groups of at most 128 columns together.
   void spread(int64_t group, int groups, uint32_t* index) const {
