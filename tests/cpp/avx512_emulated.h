@@ -321,6 +321,35 @@ ONEBIT_EMULATED void tile_dpbf16ps(int to, int a, int b) {
   }
 }
 
+ONEBIT_EMULATED void tile_dpbssd(int to, int a, int b) {
+  for (int m = 0; m < tile_config.rows[to]; ++m) {
+    for (int k = 0; k < tile_config.row_bytes[a] / 4; ++k) {
+      for (int n = 0; n < tile_config.row_bytes[to] / 4; ++n) {
+        int32_t sum;
+        std::memcpy(&sum, tiles[to].row[m] + 4 * n, 4);
+        for (int i = 0; i < 4; ++i) {
+          sum += int8_t(tiles[a].row[m][4 * k + i]) * int8_t(tiles[b].row[k][4 * n + i]);
+        }
+        std::memcpy(tiles[to].row[m] + 4 * n, &sum, 4);
+      }
+    }
+  }
+}
+
+// Bit i of every byte: the parity of what byte 7 - i of the matrix leaves of it.
+ONEBIT_EMULATED I bit_matrix(const I& a, const I& matrix, int constant) {
+  auto p = Lanes<uint8_t>::of(a);
+  const auto q = Lanes<uint8_t>::of(matrix);
+  for (int n = 0; n < p.kCount; ++n) {
+    uint8_t out = 0;
+    for (int i = 0; i < 8; ++i) {
+      out |= uint8_t(__builtin_parity(p.lane[n] & q.lane[n / 8 * 8 + 7 - i]) << i);
+    }
+    p.lane[n] = uint8_t(out ^ constant);
+  }
+  return p.as<I>();
+}
+
 }  // namespace emulated
 
 #pragma GCC pop_options
@@ -329,6 +358,7 @@ ONEBIT_EMULATED void tile_dpbf16ps(int to, int a, int b) {
 #undef _mm512_cmp_ps_mask
 #undef _mm512_cvtps_ph
 #undef _mm512_extracti64x4_epi64
+#undef _mm512_gf2p8affine_epi64_epi8
 #undef _mm512_inserti32x4
 #undef _mm512_setr_epi64
 #undef _mm512_slli_epi16
@@ -347,6 +377,7 @@ ONEBIT_EMULATED void tile_dpbf16ps(int to, int a, int b) {
 #define _mm512_inserti32x4 emulated::insert
 #define _mm512_set1_ps emulated::set1<float, __m512>
 #define _mm512_set1_epi32 emulated::set1<int32_t, __m512i>
+#define _mm512_set1_epi64 emulated::set1<int64_t, __m512i>
 #define _mm512_set1_epi16 emulated::set1<int16_t, __m512i>
 #define _mm512_setr_epi64 emulated::setr_epi64
 #define _mm512_maskz_set1_epi16(m, v) emulated::select<int16_t>(m, _mm512_set1_epi16(v), __m512i{})
@@ -385,6 +416,7 @@ ONEBIT_EMULATED void tile_dpbf16ps(int to, int a, int b) {
 #define _mm512_slli_epi32 emulated::slli_epi32
 #define _mm512_srli_epi16 emulated::srli_epi16
 #define _mm512_slli_epi16 emulated::slli_epi16
+#define _mm512_gf2p8affine_epi64_epi8 emulated::bit_matrix
 #define _mm512_madd_epi16 emulated::madd_epi16
 #define _mm512_ternarylogic_epi32 emulated::ternary
 #define _mm512_unpacklo_epi16(a, b) emulated::unpack<int16_t>(a, b, false)
@@ -395,6 +427,7 @@ ONEBIT_EMULATED void tile_dpbf16ps(int to, int a, int b) {
 #define _mm512_unpackhi_epi64(a, b) emulated::unpack<int64_t>(a, b, true)
 #define _mm512_permutex2var_ps emulated::permute<float, uint32_t>
 #define _mm512_permutexvar_ps(i, a) emulated::permute<float, uint32_t>(a, i, a)
+#define _mm512_permutex2var_epi8 emulated::permute<int8_t, uint8_t>
 #define _mm512_permutex2var_epi16 emulated::permute<int16_t, uint16_t>
 #define _mm512_permutexvar_epi16(i, a) emulated::permute<int16_t, uint16_t>(a, i, a)
 #define _mm512_permutexvar_epi64(i, a) emulated::permute<int64_t, uint64_t>(a, i, a)
@@ -428,6 +461,7 @@ ONEBIT_EMULATED void tile_dpbf16ps(int to, int a, int b) {
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
+#undef _tile_dpbssd
 #undef __get_cpuid_count
 #define _tile_loadconfig(p) std::memcpy(&emulated::tile_config, p, 64)
 #define _tile_release() void(emulated::tile_config = {})
@@ -435,5 +469,6 @@ ONEBIT_EMULATED void tile_dpbf16ps(int to, int a, int b) {
 #define _tile_stored emulated::tile_store
 #define _tile_zero(tile) void(emulated::tiles[tile] = {})
 #define _tile_dpbf16ps emulated::tile_dpbf16ps
+#define _tile_dpbssd emulated::tile_dpbssd
 #define __get_cpuid_count(leaf, part, a, b, c, d) (*(a) = *(b) = *(c) = 0, *(d) = ~0u, 1)
 #define syscall emulated::granted

@@ -20,7 +20,8 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
-ONEBIT_TARGET_BEGIN("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+ONEBIT_TARGET_BEGIN(
+    "amx-tile,amx-bf16,amx-int8,gfni,avx512vbmi,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 
 #include "../table-inl.h"
 #include "qmm_amx-inl.h"
@@ -32,19 +33,27 @@ extern const Kernels kAvx512Kernels;
 namespace {
 
 // Fewer rows of x do not pay for spreading the bits.
-constexpr int64_t kLeastRows = 16;
-
 bool is_for_tiles(const QmmArgs& a) {
-  return !needs_scalar(a) && has_int16_tables(a) && a.m >= kLeastRows;
+  return !needs_scalar(a) && a.m >= (has_int16_tables(a) ? 16 : 4);
+}
+
+// f(L{}): with the tiles for these activations.
+template <class F>
+void with_tiles(const QmmArgs& a, const F& f) {
+  if (has_int16_tables(a)) return f(TilesBFloat16());
+  return f(TilesBytes());
 }
 
 void qmm_t(const QmmArgs& a, const Block& block) {
   if (is_empty(block)) return;
   if (!is_for_tiles(a)) return kAvx512Kernels.qmm_t(a, block);
-  with_words(a.w.group_size, [&](auto words) {
-    constexpr int kWords = decltype(words)::value;
-    qmm_t_tiles<TilesAmx, kWords>(a, block, [&](int64_t row, int64_t rows) {
-      return StoredTile<TilesAmx, kWords>{a.w, row, rows};
+  with_tiles(a, [&](auto tiles) {
+    using L = decltype(tiles);
+    with_words(a.w.group_size, [&](auto words) {
+      constexpr int kWords = decltype(words)::value;
+      qmm_t_tiles<L, kWords>(a, block, [&](int64_t row, int64_t rows) {
+        return StoredTile<L, kWords>{a.w, row, rows};
+      });
     });
   });
 }
@@ -53,10 +62,13 @@ void qmm_prepacked(const QmmArgs& a, const char* prepacked, const Block& block) 
   if (is_empty(block)) return;
   if (!is_for_tiles(a)) return kAvx512Kernels.qmm_prepacked(a, prepacked, block);
   const PrepackedLayout layout(a.w);
-  with_words(a.w.group_size, [&](auto words) {
-    constexpr int kWords = decltype(words)::value;
-    qmm_t_tiles<TilesAmx, kWords>(a, block, [&](int64_t row, int64_t) {
-      return PrepackedTile<TilesAmx, kWords>{layout, a.w, prepacked, row / TilesAmx::kRows};
+  with_tiles(a, [&](auto tiles) {
+    using L = decltype(tiles);
+    with_words(a.w.group_size, [&](auto words) {
+      constexpr int kWords = decltype(words)::value;
+      qmm_t_tiles<L, kWords>(a, block, [&](int64_t row, int64_t) {
+        return PrepackedTile<L, kWords>{layout, a.w, prepacked, row / L::kRows};
+      });
     });
   });
 }
@@ -68,17 +80,18 @@ bool may_use_tiles() {
 }
 
 bool supported() {
-  constexpr unsigned kTile = 1u << 24, kBFloat16 = 1u << 22;
+  constexpr unsigned kTile = 1u << 24, kBytes = 1u << 25, kBFloat16 = 1u << 22;
   unsigned a, b, c, d;
-  return kAvx512Kernels.supported() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) &&
-         (d & kBFloat16) && may_use_tiles();
+  return kAvx512Kernels.supported() && __builtin_cpu_supports("avx512vbmi") &&
+         __builtin_cpu_supports("gfni") && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) &&
+         (d & kBytes) && (d & kBFloat16) && may_use_tiles();
 }
 
 Kernels make_kernels() {
   Kernels k = kAvx512Kernels;
   k.name = "amx";
   k.supported = supported;
-  k.m_tile = TilesAmx::kMaxM;
+  k.m_tile = TilesBFloat16::kMaxM;  // a multiple of the others'
   k.qmm_t = qmm_t;
   k.qmm_prepacked = qmm_prepacked;
   return k;

@@ -126,7 +126,8 @@ void qmm_t_tiles(const QmmArgs& a, const Block& block, const TileAt& tile_at) {
   auto* biases = arena.take<float>(kGroups * L::kRows);
   Tables tables(arena);
   const Sums sums = take_sums(arena, tiles * m_block, L::kRows);  // of all rows, tile by tile
-  const TileShapes shapes(int(at_most(L::kMaxM, m_block)));
+  const TileShapes shapes(L::kTileRows * int(at_most(L::kMaxM, m_block)),
+                          L::template depth<kWords>());
   const auto add_chunk = [&](int64_t m, int64_t m_count, int64_t row, int64_t rows, int64_t after,
                              int64_t first, int groups, const Sums& to) {
     const auto weights = tile_at(row, rows);
@@ -161,6 +162,7 @@ void qmm_t_tiles(const QmmArgs& a, const Block& block, const TileAt& tile_at) {
         tables.build(activations(a), m, m_count, first, groups);
         for_outputs([&](int64_t row, int64_t rows, const Sums& to) {
           add_chunk(m, m_count, row, rows, n_end - row - rows, first, groups, to);
+          end_chains(a, first + groups, all_groups, to, m_count, L::kRows);
         });
       }
       for_outputs([&](int64_t row, int64_t rows, const Sums& from) {
