@@ -34,7 +34,7 @@ namespace {
 
 // Fewer rows of x do not pay for spreading the bits.
 bool is_for_tiles(const QmmArgs& a) {
-  return !needs_scalar(a) && a.m >= (has_int16_tables(a) ? 16 : 4);
+  return !needs_scalar(a) && a.m >= (has_int16_tables(a) ? 16 : 6);
 }
 
 // f(L{}): with the tiles for these activations.
