@@ -1,5 +1,9 @@
 """The operators of prepacked weights: the same products for any number of rows."""
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import relative_error
@@ -122,3 +126,27 @@ def test_gradients_of_x_are_those_of_qmm():
 
     assert torch.autograd.gradcheck(product, x, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(product, x)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_goes_back_tensor_by_tensor():
+    """Prepacked weights share blocks of large pages; no tensor waits for its neighbours."""
+    packed, scales, biases = torch_onebit.quantize(torch.randn(2048, 2048), 128)
+
+    def resident() -> float:  # MB
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGESIZE") / 1e6
+
+    before = resident()
+    layers = [ops.prepack(packed, scales, biases, 128) for _ in range(120)]
+    megabytes = sum(layer.numel() for layer in layers) / 1e6
+    assert megabytes > 75, "more than a block"
+    full = resident() - before
+    assert 0.9 * megabytes < full < megabytes + 8
+    kept = layers[::2]
+    values = kept[0].clone()
+    del layers
+    assert resident() - before < 0.6 * full
+    assert torch.equal(kept[0], values)
+    del kept
+    assert resident() - before < 0.1 * full

@@ -2,13 +2,13 @@
 #include "kernels/prepacked.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cstring>
 
 #include "../ops/product/operands.h"
 #include "../ops/product/prepacked.h"
+#include "large_pages.h"
 #include "parallel.h"
 #include "tasks.h"
 #include "tensors.h"
@@ -22,7 +22,7 @@ Tensor prepack_cpu(const Prepack& o) {
   check_prepack<int64_t>(o);
   const WeightTensors weights(o.packed, o.scales, o.biases, o.group_size);
   const auto w = weights.matrix(0, o.packed.size(0));
-  auto out = at::zeros({PrepackedLayout(w).bytes()}, o.packed.options().dtype(at::kByte));
+  auto out = zeros_in_large_pages(PrepackedLayout(w).bytes());
   char* data = static_cast<char*>(out.mutable_data_ptr());
   const PrepackedHeader header(w, o.biases.has_value());
   std::memcpy(data, &header, sizeof header);
