@@ -71,7 +71,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model = torch_onebit.prepack_(random_model(SHAPES[args.shape], args.layers))
-        model.set_attn_implementation("by_key_head")
+        model.set_attn_implementation("grouped_keys")
         path, step = str(Path(folder) / "decoder.pt2"), Step(model, PROMPT + 64)
         start = time.perf_counter()
         package(step, path)

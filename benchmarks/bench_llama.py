@@ -49,21 +49,16 @@ def random_model(shape: Shape, layers: int | None) -> torch.nn.Module:
     return torch_onebit.quantize_(model, group_size=128, symmetric=True, skip=[], progress=False)
 
 
-def by_key_head(module, query, key, value, attention_mask, scaling=None, **_):
-    """One token: query heads that share keys are rows of one product; nothing is repeated."""
-    batch, heads, tokens, size = query.shape
-    if tokens > 1:
-        y = F.scaled_dot_product_attention(
-            query, key, value, attention_mask, scale=scaling, enable_gqa=True
-        )
-    else:
-        rows = query.view(batch, key.shape[1], -1, size)
-        y = F.scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)
-    return y.reshape(batch, heads, tokens, size).transpose(1, 2), None
+def grouped_keys(module, query, key, value, attention_mask, scaling=None, **_):
+    """Keys and values as they are; transformers' "sdpa" repeats them for their query heads."""
+    y = F.scaled_dot_product_attention(
+        query, key, value, attention_mask, scale=scaling, enable_gqa=True
+    )
+    return y.transpose(1, 2), None
 
 
-transformers.AttentionInterface.register("by_key_head", by_key_head)
-transformers.AttentionMaskInterface.register("by_key_head", sdpa_mask)
+transformers.AttentionInterface.register("grouped_keys", grouped_keys)
+transformers.AttentionMaskInterface.register("grouped_keys", sdpa_mask)
 
 
 class Ours:
@@ -71,7 +66,7 @@ class Ours:
 
     def __init__(self, model: torch.nn.Module, length: int):
         torch_onebit.prepack_(model)
-        model.set_attn_implementation("by_key_head")
+        model.set_attn_implementation("grouped_keys")
         self.model = model
         self.step = torch.compile(model.forward, fullgraph=True)
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=length)
