@@ -2,6 +2,7 @@
 // the generic one. Torch-free, so that it can be cross-compiled, run under an emulator and
 // sanitised.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <thread>
@@ -153,6 +154,25 @@ void test_prepacked(const Kernels& table, const Case& c) {
          name + ", back");
 }
 
+// Products of bfloat16 and usual levels are the same bits whatever the vectors: fixed-point sums,
+// and what is added up of them in one order.
+void test_bits(const Kernels& table, int64_t m, uint64_t want) {
+  const Case c{m, 200, 1152, 128, kB, kB, true, "the same bits everywhere"};
+  const Problem p(c, true);
+  std::mt19937 numbers(0);  // distributions differ among standard libraries
+  for (int64_t i = 0; i < p.rows * p.columns / 32; ++i) p.packed.as<uint32_t>()[i] = numbers();
+  for (int64_t i = 0; i < p.groups; ++i) put(p.scales, kB, i, 64 + numbers() % 64);
+  for (int64_t i = 0; i < m * p.k; ++i) {
+    const int value = int(numbers() % 511) - 255;
+    put(p.x, kB, i, std::ldexp(value, -int(numbers() % 12)));
+  }
+  const Guarded got(m * p.n * element_size(kB));
+  table.qmm_t(p.args(c, got), {0, m, 0, p.n});
+  uint64_t bits = 0;
+  for (int64_t i = 0; i < m * p.n; ++i) bits = bits * 31 + got.as<uint16_t>()[i];
+  expect(bits == want, name_of(table.name, "qmm_t", c) + ", got " + std::to_string(bits));
+}
+
 void test_affine_grad(const Kernels& table, const Case& c, bool transpose) {
   const Problem p(c, transpose);
   const Guarded grad(c.m * p.n * element_size(c.x));
@@ -246,6 +266,10 @@ int main() {
     }
     for (const DType dtype : {kF, kH, kB, kD}) {
       for (const int group_size : {32, 64, 128}) test_codec(table, dtype, group_size);
+    }
+    if (&table != &kScalarKernels) {
+      test_bits(table, 1, 12375439049393372732u);
+      test_bits(table, 21, 2636794133620870065u);
     }
     test_levels(table);
     std::printf("%-8s %s\n", table.name, failures == before ? "ok" : "FAILED");

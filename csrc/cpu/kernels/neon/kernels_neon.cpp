@@ -11,6 +11,7 @@
 #include "../scratch.h"
 #include "../table-inl.h"
 #include "../target.h"
+#include "lookup_neon_int16-inl.h"
 #include "neon-inl.h"
 
 namespace onebit::cpu {
@@ -19,8 +20,8 @@ namespace {
 struct Shapes {
   using Stream = LookupNeon<4, Integers>;
   using Panel = Stream;
-  using Stream16 = Stream;
-  using Panel16 = Stream;
+  using Stream16 = LookupNeonInt16<4>;
+  using Panel16 = LookupNeonInt16<2>;
   using Sums = LookupNeon<4, Chosen>;
   using NarrowPanel = Panel;
   static constexpr int kTile = 64;

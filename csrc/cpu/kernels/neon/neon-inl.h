@@ -41,6 +41,7 @@ struct Neon {
   // To nearest, ties to even.
   static ONEBIT_INLINE Ints round(Vec v) { return vcvtnq_s32_f32(v); }
   static ONEBIT_INLINE void store_ints(int32_t* p, Ints v) { vst1q_s32(p, v); }
+  static ONEBIT_INLINE void store_ints(int16_t* p, Ints v) { vst1_s16(p, vqmovn_s32(v)); }
 
   // mask ? a : b
   static ONEBIT_INLINE Vec choose(Mask mask, Vec a, Vec b) { return vbslq_f32(mask, a, b); }
