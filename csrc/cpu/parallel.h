@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include <cstdint>
+#include <thread>
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -44,12 +45,37 @@ class WithSubnormals {
   Mode mode_;
 };
 
+int64_t nanoseconds();
+// Whether a thread was lately kept from its core by another process.
+bool cores_are_shared();
+// After a parallel region of short work: how long its caller waited to begin, for the thread it
+// woke may take its core, and for the other threads to end.
+void note_wait(int64_t waited);
+
+// Grains that one thread does sooner than it waits for one that has no core.
+constexpr int64_t kShortWork = 256;
+
+// `grain`: what is worth a second thread, 20 us or more. A region ends when all of its threads have
+// come: where one had to wait for another process, short work stays with its caller for a while.
 template <class F>
 void in_parallel(int64_t begin, int64_t end, int64_t grain, const F& f) {
-  at::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
+  const auto run = [&](int64_t first, int64_t last) {
     const WithSubnormals mode;
     f(first, last);
+  };
+  if (begin >= end) return;
+  const bool is_short = end - begin <= kShortWork * grain;
+  if (end - begin <= grain || (is_short && cores_are_shared())) return run(begin, end);
+  const auto caller = std::this_thread::get_id();
+  const int64_t start = nanoseconds();
+  int64_t worked = 0;  // the caller
+  at::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
+    const bool is_caller = is_short && std::this_thread::get_id() == caller;
+    const int64_t begun = is_caller ? nanoseconds() : 0;
+    run(first, last);
+    if (is_caller) worked = nanoseconds() - begun;
   });
+  if (is_short) note_wait(nanoseconds() - start - worked);
 }
 
 }  // namespace onebit::cpu
