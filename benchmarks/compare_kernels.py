@@ -21,7 +21,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType of csr
 BUILD = """set -e; mkdir {out}; cd {out}; git -C {root} archive {commit} csrc metal | tar -x
 c++ -std=c++17 -O3 -w -fPIC -shared -fvisibility=hidden -Wl,-Bsymbolic -o kernels.so \\
   -Icsrc/cpu -Icsrc/cpu/kernels {shim} \\
-  $(find csrc/cpu -name '*.cpp' | xargs grep -LE '<(torch|ATen|c10)/')"""
+  $(find csrc/cpu -name '*.cpp' | xargs grep -LE '<(torch|ATen|c10)/|"parallel.h"')"""
 
 
 def build(commit: str, out: Path) -> ctypes.CDLL:
