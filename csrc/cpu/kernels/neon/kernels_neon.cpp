@@ -11,18 +11,18 @@
 #include "../scratch.h"
 #include "../table-inl.h"
 #include "../target.h"
-#include "lookup_neon_int16-inl.h"
+#include "lookup_neon-inl.h"
 #include "neon-inl.h"
 
 namespace onebit::cpu {
 namespace {
 
 struct Shapes {
-  using Stream = LookupNeon<4, Integers>;
-  using Panel = Stream;
-  using Stream16 = LookupNeonInt16<4>;
-  using Panel16 = LookupNeonInt16<2>;
-  using Sums = LookupNeon<4, Chosen>;
+  using Stream = LookupNeon<2, int32_t>;
+  using Panel = LookupNeon<1, int32_t>;
+  using Stream16 = LookupNeon<4, int16_t>;
+  using Panel16 = LookupNeon<2, int16_t>;
+  using Sums = ChosenNeon<4>;
   using NarrowPanel = Panel;
   static constexpr int kTile = 64;
 };

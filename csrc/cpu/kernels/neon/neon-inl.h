@@ -1,5 +1,4 @@
-// NEON vectors of 4 floats. ARM has no cheap 32-bit table lookup, so a "lookup" here is a masked
-// add: the activation in fixed point, blanked in the lanes whose weight bit is clear.
+// NEON vectors of 4 floats.
 #pragma once
 
 #include "../float_types.h"
@@ -162,49 +161,22 @@ struct Neon {
   }
 };
 
-// One group of x in fixed point: 0 where the bit is clear.
-struct Integers {
-  using Vec = Neon::Vec;
-  using Sum = int32x4_t;
-  static constexpr bool kChosen = false;
-
-  explicit Integers(const int32_t* values) : set(values) {}
-  static ONEBIT_INLINE Vec sum(Vec a, Vec b) {
-    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vreinterpretq_s32_f32(b)));
-  }
-  static ONEBIT_INLINE Vec start(const int32_t* group, int m) {
-    return vreinterpretq_f32_s32(vdupq_n_s32(-group[m]));
-  }
-  static ONEBIT_INLINE Sum result(Vec v) { return vreinterpretq_s32_f32(v); }
-
-  const int32_t* set;
-};
-
 // Floats, one for a set bit and one for a clear one.
 struct Chosen {
-  using Vec = Neon::Vec;
-  using Sum = Vec;
-  static constexpr bool kChosen = true;
-
-  static ONEBIT_INLINE Vec sum(Vec a, Vec b) { return vaddq_f32(a, b); }
-  static ONEBIT_INLINE Vec start(const int32_t*, int) { return vdupq_n_f32(0); }
-  static ONEBIT_INLINE Sum result(Vec v) { return v; }
-
   const float *clear, *set;
 };
 
-// kVectors * 4 output rows in a tile. Numbers_: what is summed, Integers or Chosen.
-template <int kVectors_, class Numbers_>
-struct LookupNeon : Neon {
-  using Numbers = Numbers_;
-  using Integer = int32_t;
+// Sums of floats, value by value: of each the one that the weight bit of a lane chooses. kVectors *
+// 4 output rows in a tile.
+template <int kVectors_>
+struct ChosenNeon : Neon {
+  using Numbers = Chosen;
   static constexpr int kVectors = kVectors_;
   static constexpr int kRows = kVectors * kLanes;
   static constexpr int kMaxM = 4;  // 16 accumulators, 4 words, 4 masks of the 32 registers
 
   static constexpr int index_size(int words) { return words * kRows; }
-  static constexpr int kPerColumn = Numbers::kChosen ? 2 : 1;
-  static constexpr int table_size(int words) { return words * kWordBits * kPerColumn; }
+  static constexpr int table_size(int words) { return words * kWordBits * 2; }
 
   // Words of kRows rows, `words` of them per row, to index + group * ld.
   template <int kWords>
@@ -216,45 +188,27 @@ struct LookupNeon : Neon {
     }
   }
 
-  // The transpose of qmm_n: kRows columns from `column` on of up to 128 rows as one group of 4
-  // words, bit = row. Rows past the end are 0.
-  static void pack_columns(
-      const uint32_t* w, int64_t stride, int64_t column, int rows, uint32_t* index) {
-    for (int i = 0; i < 4 * kRows; ++i) index[i] = 0;
-    for (int j = 0; j < rows; ++j) {
-      const uint32_t bits = w[j * stride + column / kWordBits] >> column % kWordBits;
-      for (int r = 0; r < kRows; ++r) {
-        index[j / kWordBits * kRows + r] |= (bits >> r & 1u) << j % kWordBits;
-      }
-    }
-  }
-
-  // One group for row m of a tile of kM rows: [column][kM], of Chosen [column][2][kM].
+  // One group for row m of a tile of kM rows: [column][2][kM].
   template <int kM, int kWords>
   static ONEBIT_INLINE void build(const Numbers& x, int m, float* table) {
-    for (int i = 0; i < kWords * kWordBits; ++i, table += kM * kPerColumn) {
-      std::memcpy(table + m, x.set + i, 4);
-      if constexpr (Numbers::kChosen) table[kM + m] = x.clear[i];
+    for (int i = 0; i < kWords * kWordBits; ++i, table += 2 * kM) {
+      table[m] = x.set[i];
+      table[kM + m] = x.clear[i];
     }
   }
 
-  // Column j of a group in an index: bit_of(index + dword(j, r), bit(j, r)) for the rows of vector
-  // r.
-  static constexpr int dword(int column, int r) { return column / 32 * kRows + r * kLanes; }
-  static constexpr int bit(int column, int) { return column % 32; }
-
   // emit(r, v): v[m] = the sums of one group of row m of x with the weight bits of the rows of
-  // vector r; of Integers, doubled, the sums less those of the whole group, `group`.
+  // vector r.
   template <int kM, int kWords, bool = true, class Emit>
   static ONEBIT_INLINE void tile(const uint32_t* index,
                                  const float* table,
-                                 const int32_t* group,
+                                 const int32_t*,
                                  const Emit& emit) {
     Vec acc[kM][kVectors];
     ONEBIT_UNROLL
     for (int m = 0; m < kM; ++m) {
       ONEBIT_UNROLL
-      for (int r = 0; r < kVectors; ++r) acc[m][r] = Numbers::start(group, m);
+      for (int r = 0; r < kVectors; ++r) acc[m][r] = zero();
     }
     for (int word = 0; word < kWords; ++word, index += kRows) {
       uint32x4_t w[kVectors];
@@ -262,17 +216,13 @@ struct LookupNeon : Neon {
       for (int r = 0; r < kVectors; ++r) w[r] = vld1q_u32(index + r * kLanes);
       uint32x4_t bit = vdupq_n_u32(1);
       ONEBIT_NO_UNROLL
-      for (int i = 0; i < kWordBits; ++i, table += kM * kPerColumn) {
+      for (int i = 0; i < kWordBits; ++i, table += 2 * kM) {
         ONEBIT_UNROLL
         for (int r = 0; r < kVectors; ++r) {
           const uint32x4_t on = vtstq_u32(w[r], bit);
           ONEBIT_UNROLL
           for (int m = 0; m < kM; ++m) {
-            const Vec x = vdupq_n_f32(table[m]);
-            const Vec v = Numbers::kChosen
-                              ? choose(on, x, vdupq_n_f32(table[kM * (kPerColumn - 1) + m]))
-                              : vreinterpretq_f32_u32(vandq_u32(on, vreinterpretq_u32_f32(x)));
-            acc[m][r] = Numbers::sum(acc[m][r], v);
+            acc[m][r] = add(acc[m][r], choose(on, set(table[m]), set(table[kM + m])));
           }
         }
         bit = vshlq_n_u32(bit, 1);
@@ -280,9 +230,9 @@ struct LookupNeon : Neon {
     }
     ONEBIT_UNROLL
     for (int r = 0; r < kVectors; ++r) {
-      typename Numbers::Sum sums[kM];
+      Vec sums[kM];
       ONEBIT_UNROLL
-      for (int m = 0; m < kM; ++m) sums[m] = Numbers::result(acc[m][r]);
+      for (int m = 0; m < kM; ++m) sums[m] = acc[m][r];
       emit(r, sums);
     }
   }
