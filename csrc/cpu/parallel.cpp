@@ -1,5 +1,6 @@
 #include "parallel.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 
@@ -9,9 +10,9 @@ namespace {
 // In nanoseconds. A thread that has a core comes within 50 us; one that waits for another process
 // comes a time slice later, 4 to 8 ms.
 constexpr int64_t kLate = 1'000'000;
-constexpr int64_t kRemembered = 250'000'000;
+constexpr int64_t kLongest = 500'000'000;
 
-std::atomic<int64_t> shared_until{0};
+std::atomic<int64_t> shared_until{0}, shared_for{0};
 
 }  // namespace
 
@@ -24,9 +25,14 @@ bool cores_are_shared() {
   return until != 0 && nanoseconds() < until;
 }
 
+// Four times what was lost; twice as long as before if threads are late again sooner than that.
 void note_wait(int64_t waited) {
   if (waited < kLate) return;
-  shared_until.store(nanoseconds() + kRemembered, std::memory_order_relaxed);
+  const int64_t now = nanoseconds(), before = shared_for.load(std::memory_order_relaxed);
+  const bool again = now - shared_until.load(std::memory_order_relaxed) < before;
+  const int64_t span = std::min(again ? 2 * before : 4 * waited, kLongest);
+  shared_for.store(span, std::memory_order_relaxed);
+  shared_until.store(now + span, std::memory_order_relaxed);
 }
 
 }  // namespace onebit::cpu
