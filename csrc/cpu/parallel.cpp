@@ -8,10 +8,12 @@ namespace onebit::cpu {
 namespace {
 
 // In nanoseconds. A thread that has a core comes within 50 us; one that waits for another process
-// comes a time slice later, 4 to 8 ms.
+// comes a time slice later, 4 to 8 ms. So may one that slept, but only once.
 constexpr int64_t kLate = 1'000'000;
+constexpr int kTimes = 2;  // one after the other
 constexpr int64_t kLongest = 500'000'000;
 
+std::atomic<int> times{0};
 std::atomic<int64_t> shared_until{0}, shared_for{0};
 
 }  // namespace
@@ -27,7 +29,14 @@ bool cores_are_shared() {
 
 // Four times what was lost; twice as long as before if threads are late again sooner than that.
 void note_wait(int64_t waited) {
-  if (waited < kLate) return;
+  const int late = times.load(std::memory_order_relaxed);
+  if (waited < kLate) {
+    if (late != 0) times.store(0, std::memory_order_relaxed);
+    return;
+  }
+  const bool often = late + 1 == kTimes;
+  times.store(often ? 0 : late + 1, std::memory_order_relaxed);
+  if (!often) return;
   const int64_t now = nanoseconds(), before = shared_for.load(std::memory_order_relaxed);
   const bool again = now - shared_until.load(std::memory_order_relaxed) < before;
   const int64_t span = std::min(again ? 2 * before : 4 * waited, kLongest);
