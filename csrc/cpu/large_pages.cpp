@@ -11,6 +11,8 @@
 #include <memory>
 #include <mutex>
 #include <utility>
+
+#include "tasks.h"
 #endif
 
 namespace onebit::cpu {
@@ -25,7 +27,7 @@ constexpr int64_t kLargePage = int64_t(1) << 21;
 constexpr int64_t kBlock = int64_t(1) << 26;
 constexpr int64_t kAlignment = 64;
 
-int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+int64_t round_up(int64_t value, int64_t to) { return ceil_div(value, to) * to; }
 
 // Zeros, from the start of a large page on.
 class Block {
