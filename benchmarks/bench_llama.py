@@ -45,8 +45,24 @@ def random_model(shape: Shape, layers: int | None) -> torch.nn.Module:
         tie_word_embeddings=False,
         max_position_embeddings=shape.context,
     )
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    return torch_onebit.quantize_(model, group_size=128, symmetric=True, skip=[], progress=False)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    # layer by layer: the float weights of 8B would leave no memory for the rest
+    for part in (*model.model.layers, model.model.norm, model.model.embed_tokens, model.lm_head):
+        part.to_empty(device="cpu")
+        for name, weight in part.named_parameters():
+            if "norm" in name or part is model.model.norm:
+                torch.nn.init.ones_(weight)
+            else:
+                torch.nn.init.normal_(weight, std=config.initializer_range)
+        if part in model.model.layers:
+            quantize_all(part)
+    return quantize_all(model)
+
+
+def quantize_all(module: torch.nn.Module) -> torch.nn.Module:
+    return torch_onebit.quantize_(module, group_size=128, symmetric=True, skip=[], progress=False)
 
 
 def grouped_keys(module, query, key, value, attention_mask, scaling=None, **_):
