@@ -209,6 +209,7 @@ CALLS = {  # every public function, through the package: none is hidden by a mod
     "distillation_loss": lambda f: f(
         torch.randn(2, 3), torch.randn(2, 3), torch.tensor([0, 1]), weight=0.5
     ),
+    "compile_options": lambda f: f(),
     "embedding": lambda f: f(torch.tensor([1]), *PACKED, 32),
     "gather_qmm": lambda f: f(torch.randn(1, 2, 32), *PACKED, group_size=32),
     "export_gguf": lambda f: refused(ValueError, f, quantize_(Model()), "model.gguf"),

@@ -45,6 +45,16 @@ def any_tensor(choose: random.Random) -> torch.Tensor:
     return t.to("meta") if choose.random() < 0.05 else t
 
 
+LINEAR = (
+    "prepack",
+    "unprepack",
+    "qmm_prepacked",
+    "qmm_prepacked_each",
+    "linear",
+    "linear_prepacked",
+)
+
+
 def near_legal(op: str, choose: random.Random) -> dict:
     """Arguments of an operator that are legal but for what the caller then spoils."""
     group_size = choose.choice([32, 64, 128])
@@ -71,7 +81,7 @@ def near_legal(op: str, choose: random.Random) -> dict:
     if op == "embedding":
         rows_named = torch.randint(-1, rows + 1, (batch, 2))
         return {"indices": rows_named, **weights, "group_size": group_size}
-    if op in ("prepack", "unprepack", "qmm_prepacked", "linear", "linear_prepacked"):
+    if op in LINEAR:
         return near_legal_linear(op, weights, group_size, choose)
     common = {"group_size": group_size, "transpose": transpose}
     if op == "qmm":
@@ -100,6 +110,9 @@ def near_legal_linear(op: str, weights: dict, group_size: int, choose: random.Ra
     form |= {"dtype": weights["scales"].dtype, "symmetric": symmetric}
     if op == "unprepack":
         return {"prepacked": prepacked, **form}
+    if op == "qmm_prepacked_each":
+        count = choose.randint(0, 3)
+        return {"x": x, "prepacked": [prepacked] * count, **form, "rows": [rows] * count}
     arguments = {"x": x, "prepacked": prepacked, **form}
     return arguments if op == "qmm_prepacked" else {**arguments, "bias": bias}
 
@@ -141,11 +154,7 @@ def attack_every_isa(op: str, seed: int, calls: int) -> None:
         "qmm",
         "gather_qmm",
         "affine_grad",
-        "prepack",
-        "unprepack",
-        "qmm_prepacked",
-        "linear",
-        "linear_prepacked",
+        *LINEAR,
     ],
 )
 def test_arbitrary_arguments_never_end_the_process(op):

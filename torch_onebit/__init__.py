@@ -9,6 +9,7 @@ __path__ = [str(load())]
 from torch_onebit import flops, nested, ops
 from torch_onebit.averaging import AveragedModel
 from torch_onebit.calibration.model import calibrate_
+from torch_onebit.compiling import compile_options
 from torch_onebit.distillation import Distillation, distillation_loss
 from torch_onebit.loading import load_checkpoint, load_gguf
 from torch_onebit.lora import LoRALinear, add_lora_
@@ -83,6 +84,7 @@ __all__ = [
     "add_lora_",
     "affine_grad",
     "calibrate_",
+    "compile_options",
     "convert_",
     "count_parameters",
     "dequantize",

@@ -80,9 +80,19 @@ Tensor product_of_unpacked(const Tensor& x, const Unprepack& p) {
   return call(Qmm{x, packed, scales, biases, p.group_size});
 }
 
-Tensor qmm_prepacked_cpu(const QmmPrepacked& o) {
-  const auto shape = check_qmm_prepacked<int64_t>(o);
-  const Tensor& x = o.x;
+struct Product {
+  QmmArgs args;
+  const char* data;
+  int64_t tiles;
+};
+using Products = c10::SmallVector<Product, 3>;  // q, k and v
+
+// The result of a product, which is done here where there is no kernel of it, else added to `todo`.
+// `shape` is of the result, `values` x made contiguous.
+Tensor plan_product(const QmmPrepacked& o,
+                    const Sizes<int64_t>& shape,
+                    const Tensor& values,
+                    Products& todo) {
   const auto p = o.weights();
   const auto w = sizes_of(p);
   const auto& table = kernels();
@@ -90,30 +100,67 @@ Tensor qmm_prepacked_cpu(const QmmPrepacked& o) {
   if (!table.qmm_prepacked) {
     TORCH_WARN_ONCE("torch_onebit has no kernel of qmm_prepacked among the ", table.name,
                     " ones: weights are unpacked for every call, correctly and slowly");
-    return product_of_unpacked(x, p);
+    return product_of_unpacked(o.x, p);
   }
-  auto y = at::empty(shape, x.options());
-  const auto values = x.contiguous();
-  const QmmArgs args{values.const_data_ptr(), y.mutable_data_ptr(), dtype_of(x), m, n, k, w};
-  if (m == 0 || k == 0 || needs_scalar(args)) return product_of_unpacked(x, p);
-  const char* data = static_cast<const char*>(p.bytes.const_data_ptr());
-  // Where there are fewer tiles of outputs than threads, rows of x are split too.
+  auto y = at::empty(shape, o.x.options());
+  const QmmArgs args{values.const_data_ptr(), y.mutable_data_ptr(), dtype_of(o.x), m, n, k, w};
+  if (m == 0 || k == 0 || needs_scalar(args)) return product_of_unpacked(o.x, p);
+  todo.push_back({args, static_cast<const char*>(p.bytes.const_data_ptr()),
+                  ceil_div(n, PrepackedLayout::kTileRows)});
+  return y;
+}
+
+// All in one parallel region: their tiles are counted through.
+void run(const Products& products) {
+  if (products.empty()) return;
   constexpr int64_t kTile = PrepackedLayout::kTileRows;
-  const int64_t tiles = ceil_div(n, kTile), row_tiles = ceil_div(m, table.m_tile);
+  const auto& table = kernels();
+  const int64_t m = products[0].args.m, k = products[0].args.k;
+  int64_t tiles = 0;
+  for (const auto& p : products) tiles += p.tiles;
+  // Where there are fewer tiles of outputs than threads, rows of x are split too.
+  const int64_t row_tiles = ceil_div(m, table.m_tile);
   const int64_t parts = std::min(ceil_div(at::get_num_threads(), tiles), row_tiles);
   const int64_t step = ceil_div(row_tiles, parts) * table.m_tile;
   const int64_t grain = ceil_div(kMacsPerTask, kTile * k * std::min(step, m));
   in_parallel(0, ceil_div(m, step) * tiles, grain, [&](int64_t begin, int64_t end) {
     while (begin < end) {
-      const int64_t part = begin / tiles, first = begin % tiles;
-      const int64_t last = std::min(tiles, first + end - begin);
-      table.qmm_prepacked(
-          args, data,
-          {part * step, std::min((part + 1) * step, m), first * kTile, std::min(last * kTile, n)});
-      begin += last - first;
+      const int64_t part = begin / tiles, at = begin % tiles;
+      const int64_t count = std::min(tiles - at, end - begin);
+      int64_t tile = 0;  // the first of a product
+      for (const auto& p : products) {
+        const int64_t first = std::max<int64_t>(at - tile, 0);
+        const int64_t last = std::min(at + count - tile, p.tiles);
+        tile += p.tiles;
+        if (first >= last) continue;
+        table.qmm_prepacked(p.args, p.data,
+                            {part * step, std::min((part + 1) * step, m), first * kTile,
+                             std::min(last * kTile, p.args.n)});
+      }
+      begin += count;
     }
   });
+}
+
+Tensor qmm_prepacked_cpu(const QmmPrepacked& o) {
+  const auto shape = check_qmm_prepacked<int64_t>(o);
+  const auto values = o.x.contiguous();
+  Products products;
+  auto y = plan_product(o, shape, values, products);
+  run(products);
   return y;
+}
+
+std::vector<Tensor> each_cpu(const QmmPrepackedEach& o) {
+  Tensor values;
+  Products products;
+  auto results = map_each(o, [&](const QmmPrepacked& product) {
+    const auto shape = check_qmm_prepacked<int64_t>(product);
+    if (!values.defined()) values = o.x.contiguous();
+    return plan_product(product, shape, values, products);
+  });
+  run(products);
+  return results;
 }
 
 }  // namespace
@@ -122,6 +169,7 @@ TORCH_LIBRARY_IMPL(onebit, CPU, m) {
   define<Prepack, prepack_cpu>(m);
   define<Unprepack, unprepack_cpu>(m);
   define<QmmPrepacked, qmm_prepacked_cpu>(m);
+  define<QmmPrepackedEach, each_cpu>(m);
 }
 
 // Here and not with the schema: only this device prepacks, and its layout is its own.

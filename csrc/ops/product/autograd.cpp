@@ -162,6 +162,11 @@ Tensor prepacked_autograd(const QmmPrepacked& o, Below<Tensor> below) {
   return y;
 }
 
+std::vector<Tensor> each_autograd(const QmmPrepackedEach& o, Below<std::vector<Tensor>> below) {
+  const bool differentiated = autograd::compute_requires_grad(o.x) || has_tangent(o.x);
+  return differentiated ? one_by_one(o) : below();
+}
+
 LevelGrads affine_grad_autograd(const AffineGrad& o, Below<LevelGrads> below) {
   auto [of_scales, of_biases] = below();
   const Matrix w(o.pairs());
@@ -191,6 +196,7 @@ TORCH_LIBRARY_IMPL(onebit, Autograd, m) {
   define_autograd<Qmm, product_autograd>(m);
   define_autograd<GatherQmm, product_autograd>(m);
   define_autograd<QmmPrepacked, prepacked_autograd>(m);
+  define_autograd<QmmPrepackedEach, each_autograd>(m);
   define_autograd<AffineGrad, affine_grad_autograd>(m);
 }
 

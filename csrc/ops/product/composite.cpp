@@ -99,6 +99,7 @@ TORCH_LIBRARY_IMPL(onebit, CompositeExplicitAutograd, m) {
   define<Prepack, prepack_elsewhere>(m);
   define<Unprepack, unprepack_elsewhere>(m);
   define<QmmPrepacked, qmm_prepacked_elsewhere>(m);
+  define<QmmPrepackedEach, one_by_one>(m);
   define<AffineGrad, affine_grad_composite>(m);
 }
 

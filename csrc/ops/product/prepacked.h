@@ -2,6 +2,8 @@
 // but that device, with what it stands for.
 #pragma once
 
+#include <vector>
+
 #include "../dispatch.h"
 
 namespace onebit {
@@ -40,6 +42,23 @@ struct QmmPrepacked {
   bool symmetric;
   auto fields() const { return std::tie(x, bytes, rows, columns, group_size, dtype, symmetric); }
   Unprepack weights() const { return {bytes, rows, columns, group_size, dtype, symmetric}; }
+};
+
+// One x times several matrices of one form, which differ in rows alone.
+struct QmmPrepackedEach {
+  static constexpr const char* kName = "onebit::qmm_prepacked_each";
+  using Result = std::vector<Tensor>;
+  const Tensor& x;
+  at::TensorList bytes;
+  at::IntArrayRef rows;
+  int64_t columns;
+  int64_t group_size;
+  at::ScalarType dtype;
+  bool symmetric;
+  auto fields() const { return std::tie(x, bytes, rows, columns, group_size, dtype, symmetric); }
+  QmmPrepacked product(size_t i) const {
+    return {x, bytes[i], rows[i], columns, group_size, dtype, symmetric};
+  }
 };
 
 template <class Int>
@@ -82,6 +101,25 @@ Sizes<Int> check_qmm_prepacked(const QmmPrepacked& o) {
                     w.columns, " (the columns of prepacked), got ", sizes.back());
   sizes.back() = Int(w.rows);
   return sizes;
+}
+
+inline void check_each(const QmmPrepackedEach& o) {
+  TORCH_CHECK_VALUE(o.rows.size() == o.bytes.size(), "rows must be one number for each of the ",
+                    o.bytes.size(), " prepacked weights, got ", o.rows.size());
+}
+
+// f of every product, in order.
+template <class F>
+std::vector<Tensor> map_each(const QmmPrepackedEach& o, const F& f) {
+  check_each(o);
+  std::vector<Tensor> results;
+  results.reserve(o.bytes.size());
+  for (size_t i = 0; i < o.bytes.size(); ++i) results.push_back(f(o.product(i)));
+  return results;
+}
+
+inline std::vector<Tensor> one_by_one(const QmmPrepackedEach& o) {
+  return map_each(o, [](const QmmPrepacked& product) { return call(product); });
 }
 
 }  // namespace onebit

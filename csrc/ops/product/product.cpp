@@ -25,6 +25,10 @@ TORCH_LIBRARY_FRAGMENT(onebit, m) {
   m.def(
       "qmm_prepacked(Tensor x, Tensor prepacked, int rows, int columns, int group_size, "
       "ScalarType dtype, bool symmetric) -> Tensor");
+  // Each of them with its number of rows: one call for products that read the same x.
+  m.def(
+      "qmm_prepacked_each(Tensor x, Tensor[] prepacked, int[] rows, int columns, int group_size, "
+      "ScalarType dtype, bool symmetric) -> Tensor[]");
   m.def(
       "linear(Tensor x, Tensor packed, Tensor scales, Tensor? biases, Tensor? bias, "
       "int group_size=128) -> Tensor");
@@ -59,6 +63,8 @@ Tensor prepacked_meta(const QmmPrepacked& o) {
   return at::empty_symint(check_qmm_prepacked<SymInt>(o), o.x.options());
 }
 
+std::vector<Tensor> each_meta(const QmmPrepackedEach& o) { return map_each(o, prepacked_meta); }
+
 Canonical unprepack_meta(const Unprepack& w) {
   check_prepacked(w);
   const auto options = w.bytes.options();
@@ -71,7 +77,7 @@ Canonical unprepack_meta(const Unprepack& w) {
 // x takes the region's dtype, as in F.linear; scales and biases keep theirs, for a kernel reads any
 // mix of dtypes and converting them would cost a pass per call.
 template <class Op>
-Tensor in_region(const Op& o) {
+typename Op::Result in_region(const Op& o) {
   check_dense("x", o.x);  // converting reads it
   const auto device = o.x.device().type();
   c10::impl::ExcludeDispatchKeyGuard no_autocast(
@@ -134,6 +140,7 @@ TORCH_LIBRARY_IMPL(onebit, Meta, m) {
   define<Qmm, product_meta>(m);
   define<GatherQmm, product_meta>(m);
   define<QmmPrepacked, prepacked_meta>(m);
+  define<QmmPrepackedEach, each_meta>(m);
   define<Unprepack, unprepack_meta>(m);
   define<AffineGrad, affine_grad_meta>(m);
 }
@@ -141,6 +148,7 @@ TORCH_LIBRARY_IMPL(onebit, Meta, m) {
 TORCH_LIBRARY_IMPL(onebit, AutocastCPU, m) {
   define_autocast(m);
   define<QmmPrepacked, in_region<QmmPrepacked>>(m);
+  define<QmmPrepackedEach, in_region<QmmPrepackedEach>>(m);
 }
 TORCH_LIBRARY_IMPL(onebit, AutocastMPS, m) { define_autocast(m); }
 TORCH_LIBRARY_IMPL(onebit, AutocastCUDA, m) { define_autocast(m); }
@@ -148,6 +156,9 @@ TORCH_LIBRARY_IMPL(onebit, AutocastXPU, m) { define_autocast(m); }
 
 TORCH_LIBRARY_IMPL(onebit, CompositeImplicitAutograd, m) { define_linear(m); }
 // torch.vmap does not look there by itself: what they are made of has the rules.
-TORCH_LIBRARY_IMPL(onebit, FuncTorchBatchedDecomposition, m) { define_linear(m); }
+TORCH_LIBRARY_IMPL(onebit, FuncTorchBatchedDecomposition, m) {
+  define_linear(m);
+  define<QmmPrepackedEach, one_by_one>(m);
+}
 
 }  // namespace onebit
