@@ -24,10 +24,9 @@ CASES = [
     ([64, 128], (40,), torch.bfloat16, "fewer tiles than rows of x"),
     ([200, 0, 64], (3,), torch.bfloat16, "no outputs among others"),
     ([3, 640], (2,), torch.float32, "one for the scalar kernel"),
-    ([64, 64], (2,), torch.float64, "no kernel"),
+    ([64, 64, 3], (2,), torch.float64, "no kernel"),
     ([64, 64], (0,), torch.float32, "no rows"),
-    ([64], (), torch.float32, "a vector, and one matrix"),
-    ([], (2,), torch.float32, "no matrix"),
+    ([64, 70], (), torch.float32, "a vector"),
 ]
 
 
@@ -38,7 +37,8 @@ def test_joined_products_are_the_single_ones_to_the_bit(case, isa):
     x, weights = torch.randn(*lead, COLUMNS).to(dtype), [prepacked(n) for n in rows]
     joined = each(x, weights, rows, *FORM)
     single = [ops.qmm_prepacked(x, w, n, *FORM) for w, n in zip(weights, rows, strict=True)]
-    assert all(torch.equal(a, b) for a, b in zip(joined, single, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(joined[: len(rows)], single, strict=True))
+    assert all(t.shape == (0,) for t in joined[len(rows) :])
 
 
 def test_x_need_not_be_contiguous():
@@ -57,7 +57,7 @@ def test_opcheck(gradient):
 
 def test_gradients_autocast_and_vmap_are_those_of_single_products():
     x, weights = torch.randn(4, COLUMNS), [prepacked(64), prepacked(70)]
-    joined = lambda x: torch.cat(each(x, weights, [64, 70], *FORM), -1)
+    joined = lambda x: torch.cat(each(x, weights, [64, 70], *FORM)[:2], -1)
     single = lambda x: torch.cat(
         [ops.qmm_prepacked(x, w, n, *FORM) for w, n in zip(weights, (64, 70), strict=True)], -1
     )
@@ -88,6 +88,14 @@ def test_what_is_refused(rows, columns, spoil, message, device):
         each(x, weights, rows, columns, *FORM[1:])
 
 
+@pytest.mark.parametrize("count", [0, 1, 4])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_one_weight_and_four_are_refused(count, device):
+    x, weights = torch.randn(2, COLUMNS, device=device), [prepacked(64).to(device)] * count
+    with pytest.raises(ValueError, match=f"prepacked must be 2 or 3 .*, got {count}"):
+        each(x, weights, [64] * count, *FORM)
+
+
 def test_bytes_of_something_else_are_refused():
     with pytest.raises(ValueError, match="prepacked must be what prepack of this version made of"):
         each(torch.randn(2, COLUMNS), [prepacked(64), prepacked(70)], [64, 64], *FORM)
@@ -97,14 +105,16 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         options = {"bias": False, "group_size": 64, "dtype": torch.bfloat16}
-        self.q, self.k = (OneBitLinear(COLUMNS, n, **options) for n in (128, 70))
+        self.q, self.k, self.v = (OneBitLinear(COLUMNS, n, **options) for n in (128, 70, 5))
+        self.fourth = OneBitLinear(COLUMNS, 64, **options)
         self.o = OneBitLinear(128, COLUMNS, **options)
         self.gate = OneBitLinear(COLUMNS, 64, **options | {"bias": True})
         self.up = OneBitLinear(COLUMNS, 64, **options)
         self.other = OneBitLinear(COLUMNS, 64, **options | {"group_size": 128})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.o(self.q(x)) + self.k(x).sum(-1, keepdim=True)
+        sums = [layer(x).sum(-1, keepdim=True) for layer in (self.k, self.v, self.fourth)]
+        x = self.o(self.q(x)) + sum(sums)
         return self.gate(x) * self.up(x) + self.other(x)
 
 
@@ -122,7 +132,7 @@ def test_compiled_models_join_products_of_one_x():
         calls = [
             code[0].count(f"onebit.{op}.default(") for op in ("qmm_prepacked_each", "qmm_prepacked")
         ]
-        assert calls == [2, 2]  # q and k, gate and up; o and other
+        assert calls == [2, 3]  # q, k and v, gate and up; the fourth, o and other
 
 
 @pytest.mark.skipif(not ops.can_prepack(), reason="no kernels of prepacked weights")

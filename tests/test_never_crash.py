@@ -111,7 +111,7 @@ def near_legal_linear(op: str, weights: dict, group_size: int, choose: random.Ra
     if op == "unprepack":
         return {"prepacked": prepacked, **form}
     if op == "qmm_prepacked_each":
-        count = choose.randint(0, 3)
+        count = choose.randint(1, 4)
         return {"x": x, "prepacked": [prepacked] * count, **form, "rows": [rows] * count}
     arguments = {"x": x, "prepacked": prepacked, **form}
     return arguments if op == "qmm_prepacked" else {**arguments, "bias": bias}

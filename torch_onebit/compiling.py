@@ -2,19 +2,15 @@
 
 from typing import Any
 
-# Values that are worth a second thread: fewer take less time than waking it. Inductor's default,
-# 512, has two threads share one norm of a token.
-MIN_CHUNK = 4096
-
 
 def compile_options() -> dict[str, Any]:
     """Options with which ``torch.compile`` makes single tokens of 1-bit models faster.
 
     ``torch.compile(model, options=compile_options())``: prepacked layers that read the same x (q, k
-    and v, gate and up) become one call with one set of threads, and loops over the few values of a
-    token stay on one thread. Products are the same to the last bit. They may be merged with other
-    options, and are ``inductor_configs`` of ``torch._inductor.aoti_compile_and_package`` too.
+    and v, gate and up) become one call with one set of threads. Products are the same to the last
+    bit. They may be merged with other options, and are ``inductor_configs`` of
+    ``torch._inductor.aoti_compile_and_package`` too.
     """
     from torch_onebit.joining import JoinProducts  # here: importing Inductor takes seconds
 
-    return {"post_grad_custom_pre_pass": JoinProducts(), "cpp.min_chunk_size": MIN_CHUNK}
+    return {"post_grad_custom_pre_pass": JoinProducts()}

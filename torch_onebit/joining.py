@@ -27,22 +27,25 @@ def join_products(graph: fx.Graph) -> int:
     readers = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=ops.qmm_prepacked.default):
         x, _, _, *form = node.args
-        readers[x, *form].append(node)
-    joined = 0
+        readers[(x, *form)].append(node)
+    replaced = []
     for (x, *form), products in readers.items():
         first = products[0]
-        group = [p for p in products if place[p.args[1]] < place[first]]
-        if len(group) < 2:
-            continue
-        with graph.inserting_before(first):
+        known = [p for p in products if place[p.args[1]] < place[first]]
+        for start in range(0, len(known) - 1, 3):  # one that is left over stays as it is
+            group = known[start : start + 3]
             weights, rows = ([p.args[i] for p in group] for i in (1, 2))
-            each = graph.call_function(ops.qmm_prepacked_each.default, (x, weights, rows, *form))
-            each.meta["val"] = [p.meta["val"] for p in group]
-            for i, product in enumerate(group):
-                one = graph.call_function(getitem, (each, i))
-                one.meta.update(product.meta)
-                product.replace_all_uses_with(one)
-        for product in group:
-            graph.erase_node(product)
-        joined += len(group)
-    return joined
+            values = [p.meta["val"] for p in group]
+            none = [x.meta["val"].new_empty(0)] * (3 - len(group))
+            with graph.inserting_before(first):
+                args = (x, weights, rows, *form)
+                each = graph.call_function(ops.qmm_prepacked_each.default, args)
+                each.meta["val"] = (*values, *none)
+                for i, product in enumerate(group):
+                    one = graph.call_function(getitem, (each, i))
+                    one.meta.update(product.meta)
+                    product.replace_all_uses_with(one)
+                    replaced.append(product)
+    for product in replaced:  # `first` is a place to insert until here
+        graph.erase_node(product)
+    return len(replaced)

@@ -151,7 +151,7 @@ Tensor qmm_prepacked_cpu(const QmmPrepacked& o) {
   return y;
 }
 
-std::vector<Tensor> each_cpu(const QmmPrepackedEach& o) {
+QmmPrepackedEach::Result each_cpu(const QmmPrepackedEach& o) {
   Tensor values;
   Products products;
   auto results = map_each(o, [&](const QmmPrepacked& product) {

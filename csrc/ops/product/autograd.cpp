@@ -162,7 +162,8 @@ Tensor prepacked_autograd(const QmmPrepacked& o, Below<Tensor> below) {
   return y;
 }
 
-std::vector<Tensor> each_autograd(const QmmPrepackedEach& o, Below<std::vector<Tensor>> below) {
+QmmPrepackedEach::Result each_autograd(const QmmPrepackedEach& o,
+                                       Below<QmmPrepackedEach::Result> below) {
   const bool differentiated = autograd::compute_requires_grad(o.x) || has_tangent(o.x);
   return differentiated ? one_by_one(o) : below();
 }

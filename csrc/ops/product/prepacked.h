@@ -2,8 +2,6 @@
 // but that device, with what it stands for.
 #pragma once
 
-#include <vector>
-
 #include "../dispatch.h"
 
 namespace onebit {
@@ -44,10 +42,12 @@ struct QmmPrepacked {
   Unprepack weights() const { return {bytes, rows, columns, group_size, dtype, symmetric}; }
 };
 
-// One x times several matrices of one form, which differ in rows alone.
+// One x times two or three matrices of one form, which differ in rows alone. Three results, the
+// last empty where there is no third matrix: a compiler calls what has a fixed number of them
+// without Python.
 struct QmmPrepackedEach {
   static constexpr const char* kName = "onebit::qmm_prepacked_each";
-  using Result = std::vector<Tensor>;
+  using Result = std::tuple<Tensor, Tensor, Tensor>;
   const Tensor& x;
   at::TensorList bytes;
   at::IntArrayRef rows;
@@ -104,21 +104,22 @@ Sizes<Int> check_qmm_prepacked(const QmmPrepacked& o) {
 }
 
 inline void check_each(const QmmPrepackedEach& o) {
+  TORCH_CHECK_VALUE(o.bytes.size() == 2 || o.bytes.size() == 3,
+                    "prepacked must be 2 or 3 prepacked weights, got ", o.bytes.size());
   TORCH_CHECK_VALUE(o.rows.size() == o.bytes.size(), "rows must be one number for each of the ",
                     o.bytes.size(), " prepacked weights, got ", o.rows.size());
 }
 
 // f of every product, in order.
 template <class F>
-std::vector<Tensor> map_each(const QmmPrepackedEach& o, const F& f) {
+QmmPrepackedEach::Result map_each(const QmmPrepackedEach& o, const F& f) {
   check_each(o);
-  std::vector<Tensor> results;
-  results.reserve(o.bytes.size());
-  for (size_t i = 0; i < o.bytes.size(); ++i) results.push_back(f(o.product(i)));
-  return results;
+  auto first = f(o.product(0)), second = f(o.product(1));
+  auto third = o.bytes.size() == 3 ? f(o.product(2)) : at::empty({0}, o.x.options());
+  return {std::move(first), std::move(second), std::move(third)};
 }
 
-inline std::vector<Tensor> one_by_one(const QmmPrepackedEach& o) {
+inline QmmPrepackedEach::Result one_by_one(const QmmPrepackedEach& o) {
   return map_each(o, [](const QmmPrepacked& product) { return call(product); });
 }
 

@@ -25,10 +25,10 @@ TORCH_LIBRARY_FRAGMENT(onebit, m) {
   m.def(
       "qmm_prepacked(Tensor x, Tensor prepacked, int rows, int columns, int group_size, "
       "ScalarType dtype, bool symmetric) -> Tensor");
-  // Each of them with its number of rows: one call for products that read the same x.
+  // Two or three, each with its number of rows: one call for products that read the same x.
   m.def(
       "qmm_prepacked_each(Tensor x, Tensor[] prepacked, int[] rows, int columns, int group_size, "
-      "ScalarType dtype, bool symmetric) -> Tensor[]");
+      "ScalarType dtype, bool symmetric) -> (Tensor, Tensor, Tensor)");
   m.def(
       "linear(Tensor x, Tensor packed, Tensor scales, Tensor? biases, Tensor? bias, "
       "int group_size=128) -> Tensor");
@@ -63,7 +63,9 @@ Tensor prepacked_meta(const QmmPrepacked& o) {
   return at::empty_symint(check_qmm_prepacked<SymInt>(o), o.x.options());
 }
 
-std::vector<Tensor> each_meta(const QmmPrepackedEach& o) { return map_each(o, prepacked_meta); }
+QmmPrepackedEach::Result each_meta(const QmmPrepackedEach& o) {
+  return map_each(o, prepacked_meta);
+}
 
 Canonical unprepack_meta(const Unprepack& w) {
   check_prepacked(w);
