@@ -28,6 +28,7 @@ GROUPS = {
         "calibrate_",
         "prepack_",
         "unprepack_",
+        "compile_options",
         "symmetrize_",
     ],
     "Checkpoints": ["load_checkpoint", "save_checkpoint", "load_gguf", "export_gguf"],

@@ -9,6 +9,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import torch_onebit
+
 
 class Step(nn.Module):
     """One token after others, of a model of transformers with room for ``length`` of them."""
@@ -37,4 +39,6 @@ def package(step: Step, path: str) -> None:
     number = torch.zeros(1, 1, dtype=torch.long)
     with torch.no_grad():
         exported = torch.export.export(step, (number, number.clone()))
-        torch._inductor.aoti_compile_and_package(exported, package_path=path)
+        torch._inductor.aoti_compile_and_package(
+            exported, package_path=path, inductor_configs=torch_onebit.compile_options()
+        )
