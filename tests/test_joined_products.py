@@ -136,6 +136,19 @@ def test_compiled_models_join_products_of_one_x():
 
 
 @pytest.mark.skipif(not ops.can_prepack(), reason="no kernels of prepacked weights")
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="lists of tensors are passed by Python")
+def test_a_wrapper_in_cpp_calls_the_kernels_without_python():
+    model, x = torch_onebit.prepack_(Block()), torch.randn(1, COLUMNS).bfloat16()
+    options = torch_onebit.compile_options() | {"cpp_wrapper": True, "max_autotune": True}
+    with torch.no_grad():
+        y, code = run_and_get_code(torch.compile(model, fullgraph=True, options=options), x)
+        torch._dynamo.reset()
+        torch.testing.assert_close(y, torch.compile(model)(x), rtol=0, atol=0)
+    assert '"onebit::qmm_prepacked_each"' in code[0] and '"onebit::qmm_prepacked"' in code[0]
+    assert "PyObject_CallObject" not in code[0]
+
+
+@pytest.mark.skipif(not ops.can_prepack(), reason="no kernels of prepacked weights")
 def test_joined_products_train_what_reads_them():
     model = torch_onebit.prepack_(Block())
     grads = []
