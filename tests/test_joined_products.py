@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch._inductor.utils import run_and_get_code
+from torch.utils.flop_counter import FlopCounterMode
 
 import torch_onebit
 from torch_onebit import OneBitLinear, ops
@@ -69,6 +70,12 @@ def test_gradients_autocast_and_vmap_are_those_of_single_products():
         lambda f: torch.autocast("cpu", torch.bfloat16)(f)(x),
     ):
         torch.testing.assert_close(transform(joined), transform(single))
+
+
+def test_flops_are_those_of_single_products():
+    with FlopCounterMode(display=False) as count:
+        each(torch.randn(5, COLUMNS), [prepacked(64), prepacked(70)], [64, 70], *FORM)
+    assert count.get_total_flops() == 2 * 5 * COLUMNS * (64 + 70)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

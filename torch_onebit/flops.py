@@ -21,6 +21,10 @@ def _prepacked(x: Any, prepacked: Any, n: int, *rest: Any, **keywords: Any) -> i
     return 2 * prod(x) * n
 
 
+def _prepacked_each(x: Any, prepacked: Any, rows: list[int], *rest: Any, **keywords: Any) -> int:
+    return 2 * prod(x) * sum(rows)
+
+
 def _gathered(x: Any, packed: Any, *rest: Any, out_shape: Any, **keywords: Any) -> int:
     *batch, m, n = out_shape
     return 2 * prod(batch) * m * n * x[-1]
@@ -36,6 +40,7 @@ def register() -> None:
     formulas = {
         ops.qmm: _product,
         ops.qmm_prepacked: _prepacked,
+        ops.qmm_prepacked_each: _prepacked_each,
         ops.gather_qmm: _gathered,
         ops.affine_grad: _affine_grad,
     }
