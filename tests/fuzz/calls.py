@@ -74,7 +74,7 @@ def bits_of(t: Tensor) -> Tensor:
 
 
 def check_meta(op: str, arguments: dict, result: Any) -> None:
-    moved = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    moved = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), arguments)
     got = getattr(ops, op)(**moved)
     for a, b in zip(as_tuple(got), as_tuple(result), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype, f"{op}: meta {a.shape} {a.dtype}"
@@ -253,6 +253,33 @@ def linear_prepacked(choose: random.Random) -> tuple[dict, Check]:
     return {**arguments, "prepacked": ops.prepack(*weights), **form}, check
 
 
+def qmm_prepacked_each(choose: random.Random) -> tuple[dict, Check]:
+    """As linear_prepacked, two or three matrices: the first some rows of it, the others all."""
+    arguments, _ = linear(choose)
+    arguments["bias"] = None
+    for name in ("scales", "biases"):
+        if arguments[name] is not None and arguments[name].dtype == torch.float64:
+            arguments[name] = arguments[name].float()
+    rows = [choose.randint(0, arguments["packed"].shape[0])]
+    rows += [arguments["packed"].shape[0]] * choose.choice([1, 2])
+    each = []
+    for n in rows:
+        levels = {
+            k: arguments[k] if arguments[k] is None else arguments[k][:n] for k in WEIGHT_NAMES[:3]
+        }
+        each.append(arguments | levels)
+    checks = [product_check(one) for one in each]
+    prepacked = [ops.prepack(*(one[name] for name in WEIGHT_NAMES)) for one in each]
+    form = {"columns": arguments["packed"].shape[1] * 32, "group_size": arguments["group_size"]}
+    form |= {"dtype": arguments["scales"].dtype, "symmetric": arguments["biases"] is None}
+
+    def check(results: tuple[Tensor, Tensor, Tensor]) -> None:
+        for one, y in zip(checks, results, strict=False):
+            one(y)
+
+    return {"x": arguments["x"], "prepacked": prepacked, "rows": rows, **form}, check
+
+
 def affine_grad(choose: random.Random) -> tuple[dict, Check]:
     arguments, _ = (qmm if choose.random() < 0.5 else gather_qmm)(choose)
     x = arguments["x"] = layout(choose, numbers(choose, *arguments["x"].shape)).to(
@@ -392,6 +419,7 @@ CALLS: dict[str, Callable[[random.Random], tuple[dict, Check]]] = {
     "gather_qmm": gather_qmm,
     "linear": linear,
     "linear_prepacked": linear_prepacked,
+    "qmm_prepacked_each": qmm_prepacked_each,
     "affine_grad": affine_grad,
     "quantize": quantize,
     "dequantize": dequantize,
