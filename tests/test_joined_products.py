@@ -42,6 +42,17 @@ def test_joined_products_are_the_single_ones_to_the_bit(case, isa):
     assert all(t.shape == (0,) for t in joined[len(rows) :])
 
 
+def test_joined_products_do_not_depend_on_the_number_of_threads():
+    """With more threads than tiles of outputs, rows of x are split too."""
+    x, weights, rows = torch.randn(300, COLUMNS), [prepacked(100), prepacked(30)], [100, 30]
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 7):
+        torch.set_num_threads(count)
+        results.append(torch.cat(each(x, weights, rows, *FORM)[:2], -1))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 def test_x_need_not_be_contiguous():
     weights = [prepacked(64), prepacked(128)]
     x = torch.randn(COLUMNS, 5).T
