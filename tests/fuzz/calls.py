@@ -13,6 +13,7 @@ import numpy as np
 import reference
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from fuzz.levels import CALLS as LEVEL_CALLS
 from fuzz.tensors import FLOATS, GROUP_SIZES, layout, numbers, poisoned, unpacked, weights
@@ -61,10 +62,7 @@ def case(number: int) -> int:
 
 
 def described(arguments: dict) -> dict:
-    def one(t):
-        return (tuple(t.shape), t.stride(), t.dtype) if isinstance(t, Tensor) else t
-
-    return {name: one(t) for name, t in arguments.items()}
+    return tree_map_only(Tensor, lambda t: (tuple(t.shape), t.stride(), t.dtype), arguments)
 
 
 def bits_of(t: Tensor) -> Tensor:
@@ -74,7 +72,7 @@ def bits_of(t: Tensor) -> Tensor:
 
 
 def check_meta(op: str, arguments: dict, result: Any) -> None:
-    moved = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), arguments)
+    moved = tree_map_only(Tensor, lambda t: t.to("meta"), arguments)
     got = getattr(ops, op)(**moved)
     for a, b in zip(as_tuple(got), as_tuple(result), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype, f"{op}: meta {a.shape} {a.dtype}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fuzz.calls import CALLS, ISAS, bits_of, described
 from fuzz.tensors import FLOATS
@@ -122,11 +123,11 @@ def spoilable(arguments: dict) -> list[str]:
     return [name for name, old in arguments.items() if name in SPOILS and old is not None]
 
 
-def is_forbidden(op: str, name: str, spoil: Spoil, arguments: dict) -> bool:
-    """Whether the rules forbid it here."""
-    tensors = [t for t in arguments.values() if isinstance(t, Tensor)]
+def is_forbidden(op: str, name: str, spoil: Spoil, one: Any, arguments: dict) -> bool:
+    """Whether the rules forbid it here, of the argument or of one in its list."""
+    tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
     if spoil is freed:  # a tensor of no values has no memory to lose
-        return arguments[name].numel() > 0
+        return one.numel() > 0
     if spoil is outside:  # an index that broadcasts to nothing is not used
         indices = [t for key, t in arguments.items() if key.endswith("indices") and t is not None]
         return all(t.numel() for t in indices)
@@ -146,10 +147,14 @@ def case(number: int) -> int:
         return 1
     name = choose.choice(spoilable(arguments))
     spoil = choose.choice(SPOILS[name])
-    if not is_forbidden(op, name, spoil, arguments):
+    old = arguments[name]
+    at = choose.randrange(len(old)) if isinstance(old, list) else None
+    one = old if at is None else old[at]
+    if not is_forbidden(op, name, spoil, one, arguments):
         return 0
     before = {k: v.clone() for k, v in arguments.items() if isinstance(v, Tensor)}
-    spoiled = {**arguments, name: spoil(choose, arguments[name])}
+    new = spoil(choose, one)
+    spoiled = {**arguments, name: new if at is None else [*old[:at], new, *old[at + 1 :]]}
     way = getattr(spoil, "__name__", "")
     value = described(spoiled)[name]
     what = f"{op} with {name} ({way}) {value!r} of {described(arguments)}"
