@@ -17,11 +17,8 @@ class JoinProducts(CustomGraphPass):
         return get_hash_for_files((__file__,))
 
 
-def join_products(graph: fx.Graph) -> int:
-    """Have products of one x with prepacked weights of one form share a call, in place.
-
-    Returns the number of products that now do.
-    """
+def join_products(graph: fx.Graph) -> None:
+    """Have products of one x with prepacked weights of one form share a call, in place."""
     ops = torch.ops.onebit
     place = {node: i for i, node in enumerate(graph.nodes)}
     readers = defaultdict(list)
@@ -48,4 +45,3 @@ def join_products(graph: fx.Graph) -> int:
                     replaced.append(product)
     for product in replaced:  # `first` is a place to insert until here
         graph.erase_node(product)
-    return len(replaced)

@@ -238,12 +238,18 @@ def linear(choose: random.Random) -> tuple[dict, Check]:
     return arguments, product_check(arguments)
 
 
-def linear_prepacked(choose: random.Random) -> tuple[dict, Check]:
-    """As linear, with the weights in the order of kernels; on tables without one too."""
+def prepackable(choose: random.Random) -> dict:
+    """Arguments of linear with levels that can be prepacked."""
     arguments, _ = linear(choose)
     for name in ("scales", "biases"):
         if arguments[name] is not None and arguments[name].dtype == torch.float64:
             arguments[name] = arguments[name].float()
+    return arguments
+
+
+def linear_prepacked(choose: random.Random) -> tuple[dict, Check]:
+    """As linear, with the weights in the order of kernels; on tables without one too."""
+    arguments = prepackable(choose)
     check, weights = product_check(arguments), [arguments.pop(name) for name in WEIGHT_NAMES]
     packed, scales, biases, group_size = weights
     form = {"rows": packed.shape[0], "columns": packed.shape[1] * 32, "group_size": group_size}
@@ -253,11 +259,7 @@ def linear_prepacked(choose: random.Random) -> tuple[dict, Check]:
 
 def qmm_prepacked_each(choose: random.Random) -> tuple[dict, Check]:
     """As linear_prepacked, two or three matrices: the first some rows of it, the others all."""
-    arguments, _ = linear(choose)
-    arguments["bias"] = None
-    for name in ("scales", "biases"):
-        if arguments[name] is not None and arguments[name].dtype == torch.float64:
-            arguments[name] = arguments[name].float()
+    arguments = prepackable(choose) | {"bias": None}
     rows = [choose.randint(0, arguments["packed"].shape[0])]
     rows += [arguments["packed"].shape[0]] * choose.choice([1, 2])
     each = []
