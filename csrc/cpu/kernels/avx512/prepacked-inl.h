@@ -8,8 +8,9 @@
 namespace onebit::cpu {
 namespace {
 
-// Blocks ahead of the one that is read: 4 to 16 are as fast, 24 a little slower.
-constexpr int64_t kPrefetchBlocks = 8;
+// Blocks ahead of the one that is read, to L1: 2 to 4 are as fast, and up to a tenth faster than 8
+// to L2.
+constexpr int64_t kPrefetchBlocks = 4;
 
 // One group of a panel, tile by tile.
 template <class L>
@@ -39,7 +40,7 @@ struct PrepackedGroup {
     const char* p = block;
     for (; ahead >= tiles; ahead -= tiles) p += group_bytes;
     p += ahead * block_bytes;
-    for (int64_t i = 0; i < block_bytes; i += 64) L::prefetch(p + i);
+    for (int64_t i = 0; i < block_bytes; i += 64) L::prefetch_soon(p + i);
   }
 };
 
