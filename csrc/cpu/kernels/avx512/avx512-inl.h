@@ -76,11 +76,11 @@ struct Avx512 {
     return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ);
   }
   static ONEBIT_INLINE void fence() { _mm_sfence(); }
-  // To L2; what is read within a few hundred cycles goes to L1.
+  // To L2.
   static ONEBIT_INLINE void prefetch(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
   }
-  static ONEBIT_INLINE void prefetch_soon(const void* p) {
+  static ONEBIT_INLINE void prefetch_to_l1(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }
 
